@@ -1,0 +1,3 @@
+"""The command line: stages weights and data, launches runs, follows them, fetches results."""
+
+__version__ = "0.1.0"
