@@ -1,0 +1,3 @@
+from g4kit.main import main
+
+main()

@@ -1,0 +1,56 @@
+import dataclasses
+from pathlib import Path
+
+import click
+
+from g4kit.options import RunId, json_option, target_option
+from g4kit.output import print_data, print_json, say
+from g4kit.targets import open_cloud
+
+
+@click.command("launch", short_help="Start a fine-tuning run from a recipe.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--id", "run_id", type=RunId(), help="Run id. With one that is there: returns that run, or starts it.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one value of the recipe.")
+@click.option("--wait", is_flag=True, help="Follow to the end; exit with the trainer's code.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@target_option
+@json_option
+def command(
+    recipe: Path,
+    run_id: str | None,
+    overrides: tuple[str, ...],
+    wait: bool,
+    dry_run: bool,
+    yes: bool,  # noqa: ARG001
+    target: str | None,
+    as_json: bool,
+) -> None:
+    """Start a fine-tuning run from RECIPE, a TOML file.
+
+    Prints the run id on stdout, and how to follow, cancel and fetch on stderr.
+
+    \b
+    Examples:
+      g4kit launch recipes/digits-tiny.toml --wait
+      g4kit launch recipes/digits-tiny.toml --set training.learning_rate=1e-3 --dry-run
+    """
+    from g4kit.launching import launch, plan_launch
+    from g4kit.waiting import print_started, wait_and_exit
+
+    cloud = open_cloud(target)
+    plan = plan_launch(cloud, recipe, overrides, run_id)
+    if dry_run:
+        document = dataclasses.asdict(plan) | {"recipe": plan.recipe.model_dump(mode="json"), "hash": plan.recipe.hash}
+        say("dry run: everything needed is there; nothing was started")
+        if as_json:
+            print_json(document)
+        else:
+            print_data(plan.run_id)
+        return
+    execution = launch(cloud, plan)
+    say(f"run {plan.run_id}: {execution.state}, execution {execution.name}")
+    if wait:
+        wait_and_exit(cloud, plan.run_id, as_json)
+    print_started(cloud, plan.run_id, as_json)

@@ -1,0 +1,77 @@
+import dataclasses
+import time
+
+import click
+
+from g4kit.cloud.base import Cloud
+from g4kit.options import RunId, json_option, target_option
+from g4kit.output import print_data, print_json, say, table
+from g4kit.targets import open_cloud
+
+WATCH_INTERVAL_S = 2.0
+
+
+@click.command("runs", short_help="List runs, or show one of them.")
+@click.argument("run_id", metavar="[ID]", required=False, type=RunId())
+@click.option("--watch", "-w", is_flag=True, help="One run: follow it to its end. All: draw the list anew.")
+@target_option
+@json_option
+def command(run_id: str | None, watch: bool, target: str | None, as_json: bool) -> None:
+    """List runs, newest first, or show one of them.
+
+    \b
+    Examples:
+      g4kit runs
+      g4kit runs digits-tiny-20260101-120000-0a1b --watch
+    """
+    cloud = open_cloud(target)
+    if watch and as_json:
+        raise click.UsageError("--watch draws for people, --json is for programs: write one of them.")
+    try:
+        if run_id:
+            _show_one(cloud, run_id, watch, as_json)
+        else:
+            _show_all(cloud, watch, as_json)
+    except KeyboardInterrupt:
+        say(f"\nleft; to come back: g4kit runs {run_id + ' ' if run_id else ''}--watch")
+
+
+def _show_one(cloud: Cloud, run_id: str, watch: bool, as_json: bool) -> None:
+    from g4kit.runs import read_run
+
+    if watch:
+        from g4kit.following import follow
+        from g4kit.progress import open_progress
+
+        with open_progress() as progress:
+            follow(cloud, run_id, progress.show)
+    view = read_run(cloud, run_id)
+    if as_json:
+        print_json(dataclasses.asdict(view))
+        return
+    rows = [(key, value) for key, value in dataclasses.asdict(view).items() if value not in (None, "", [], {})]
+    print_data("\n".join(f"{key:<20} {value}" for key, value in rows if key != "results"))
+    for when in ("baseline", "final"):
+        accuracy = view.accuracy(when)
+        if accuracy is not None:
+            print_data(f"{when + '_accuracy':<20} {accuracy:.4f}")
+
+
+def _show_all(cloud: Cloud, watch: bool, as_json: bool) -> None:
+    from g4kit.following import describe
+    from g4kit.runs import list_runs
+
+    while True:
+        views = list_runs(cloud)
+        if as_json:
+            print_json([dataclasses.asdict(view) for view in views])
+            return
+        if watch:
+            click.clear()
+        if views:
+            print_data(table(("RUN", "STATE"), [(view.run_id, describe(view)) for view in views]))
+        else:
+            say("no runs yet; write: g4kit launch recipes/digits-tiny.toml")
+        if not watch:
+            return
+        time.sleep(WATCH_INTERVAL_S)

@@ -1,0 +1,195 @@
+"""Starting runs: decided as a plan, then written create-only, so that nothing is ever started twice."""
+
+import contextlib
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from g4kit import __version__
+from g4kit.cloud.base import Bucket, Cloud, Execution, JobRequest, ObjectNotFoundError, PreconditionError, now
+from g4kit.errors import UserError
+from g4kit.runs import DamagedError, not_found, read_document, read_run, require_run, run_folder
+from g4kit.staging import BUILTIN, FOLDERS, staged_problems
+from g4trainer.recipe import FrozenRecipe, Recipe, RecipeError, load_recipe
+from g4trainer.rundir import new_run_id
+
+INTENT = re.compile(r"launches/(\d{4})\.json$")
+
+
+class LaunchError(UserError):
+    """A run that cannot be started as asked."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What `launch` would do."""
+
+    run_id: str
+    recipe: Recipe
+    target: str
+    path: str
+    """The run directory as the job sees it."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One `launches/NNNN.json`, and the execution it led to, if it got that far."""
+
+    number: int
+    launch_id: str
+    execution: str | None
+
+
+def plan_launch(cloud: Cloud, recipe_path: Path, overrides: tuple[str, ...], run_id: str | None) -> LaunchPlan:
+    """Reads and checks everything, writes nothing. Raises LaunchError with all problems."""
+    try:
+        recipe = load_recipe(recipe_path, overrides)
+    except RecipeError as error:
+        raise LaunchError(str(error)) from error
+    run_id = run_id or new_run_id(recipe.name)
+    plan = LaunchPlan(run_id, recipe, cloud.target, cloud.bucket.job_path(run_folder(run_id)))
+    problems = [
+        *_staging_problems(cloud.bucket, "model", recipe.model.id),
+        *_staging_problems(cloud.bucket, "data", recipe.data.dataset),
+        *cloud.jobs.problems(_request(plan.run_id, "none", plan.path, recipe)),
+    ]
+    if problems:
+        raise LaunchError("\n".join(problems))
+    return plan
+
+
+def launch(cloud: Cloud, plan: LaunchPlan) -> Execution:
+    """Writes the run directory and starts it; a run that is there with the same recipe is returned, or started.
+
+    Raises LaunchError where the id belongs to a run with another recipe.
+    """
+    frozen = FrozenRecipe(
+        run_id=plan.run_id,
+        recipe=plan.recipe,
+        recipe_hash=plan.recipe.hash,
+        created_at=now().isoformat(timespec="seconds"),
+        g4kit_version=__version__,
+        target=plan.target,
+    )
+    document = (frozen.model_dump_json(indent=2) + "\n").encode()
+    try:
+        cloud.bucket.write(f"{run_folder(plan.run_id)}/recipe.json", document, if_generation_match=0)
+    except PreconditionError:
+        _refuse_another_recipe(cloud.bucket, plan)
+    launches = read_launches(cloud.bucket, plan.run_id)
+    if launches and launches[-1].execution:
+        return cloud.jobs.get(launches[-1].execution)
+    return _start(cloud, plan.run_id, launches[-1] if launches else _write_intent(cloud, plan.run_id, 1))
+
+
+def resume(cloud: Cloud, run_id: str) -> Execution:
+    """Starts another execution of an unfinished run.
+
+    Raises RunNotFoundError, LaunchError where the run goes on or has finished.
+    """
+    require_run(cloud, run_id)
+    if any(execution.active for execution in cloud.jobs.find(run_id)):
+        raise LaunchError(f"run {run_id}: is going on; wait for it, or write: g4kit cancel {run_id}")
+    if read_run(cloud, run_id).state == "succeeded":
+        raise LaunchError(f"run {run_id}: has finished; write: g4kit fetch {run_id}")
+    launches = read_launches(cloud.bucket, run_id)
+    if launches and launches[-1].execution is None:
+        intent = launches[-1]
+    else:
+        intent = _write_intent(cloud, run_id, len(launches) + 1)
+    with contextlib.suppress(ObjectNotFoundError):  # there only if a retry could not help
+        cloud.bucket.delete(f"{run_folder(run_id)}/failed.json")
+    return _start(cloud, run_id, intent)
+
+
+def read_launches(bucket: Bucket, run_id: str) -> list[Launch]:
+    """Oldest first."""
+    launches = []
+    for item in bucket.objects(f"{run_folder(run_id)}/launches/"):
+        found = INTENT.search(item.name)
+        if not found:
+            continue
+        intent = read_document(bucket, item.name) or {}
+        started = read_document(bucket, _started_name(run_id, int(found[1]))) or {}
+        launches.append(Launch(int(found[1]), intent["launch_id"], started.get("execution")))
+    return launches
+
+
+def _start(cloud: Cloud, run_id: str, intent: Launch) -> Execution:
+    """Idempotent: whoever finishes a launch that someone else began gets the same execution."""
+    frozen = _read_frozen(cloud, run_id)
+    path = cloud.bucket.job_path(run_folder(run_id))
+    execution = cloud.jobs.run(_request(run_id, intent.launch_id, path, frozen.recipe))
+    _create(cloud.bucket, _started_name(run_id, intent.number), {"execution": execution.name, "time": _time()})
+    return execution
+
+
+def _write_intent(cloud: Cloud, run_id: str, number: int) -> Launch:
+    """Raises LaunchError where another process has written the same launch first."""
+    launch_id = secrets.token_hex(4)
+    document = {"target": cloud.target, "launch_id": launch_id, "time": _time()}
+    name = f"{run_folder(run_id)}/launches/{number:04}.json"
+    if not _create(cloud.bucket, name, document):
+        raise LaunchError(f"run {run_id}: another process has just started it; write: g4kit runs {run_id}")
+    return Launch(number, launch_id, None)
+
+
+def _create(bucket: Bucket, name: str, document: dict[str, Any]) -> bool:
+    """False where the object is there already."""
+    try:
+        bucket.write(name, (json.dumps(document, indent=2) + "\n").encode(), if_generation_match=0)
+    except PreconditionError:
+        return False
+    return True
+
+
+def _request(run_id: str, launch_id: str, path: str, recipe: Recipe) -> JobRequest:
+    return JobRequest(
+        run_id=run_id,
+        launch_id=launch_id,
+        args=("run", path),
+        timeout_s=recipe.job.timeout_s,
+        max_attempts=recipe.job.max_attempts,
+        accelerator=recipe.job.accelerator,
+    )
+
+
+def _staging_problems(bucket: Bucket, kind: str, name: str) -> list[str]:
+    folder = f"{FOLDERS[kind]}/{name}"
+    field = {"model": "model.id", "data": "data.dataset"}[kind]
+    problems = staged_problems(bucket, folder)
+    if not problems:
+        return []
+    builtin = f"builtin:{name}"
+    source = builtin if builtin in BUILTIN else f"FOLDER --name {name}"
+    how = "is not staged" if len(problems) == 1 and "STAGED.json" in problems[0] else f"is incomplete: {problems[0]}"
+    return [f'{field}: got "{name}", and {bucket.url}/{folder} {how}; write: g4kit stage {kind} {source}']
+
+
+def _refuse_another_recipe(bucket: Bucket, plan: LaunchPlan) -> None:
+    there = read_document(bucket, f"{run_folder(plan.run_id)}/recipe.json") or {}
+    if there.get("recipe_hash") != plan.recipe.hash:
+        raise LaunchError(
+            f"run {plan.run_id}: is there with another recipe; write another --id, or leave it out for a new one."
+        )
+
+
+def _read_frozen(cloud: Cloud, run_id: str) -> FrozenRecipe:
+    name = f"{run_folder(run_id)}/recipe.json"
+    try:
+        return FrozenRecipe.model_validate_json(cloud.bucket.read(name))
+    except ObjectNotFoundError:
+        raise not_found(cloud, run_id) from None
+    except ValueError as error:
+        raise DamagedError(f"{cloud.bucket.url}/{name}: damaged: {error}; launch the run anew.") from error
+
+
+def _started_name(run_id: str, number: int) -> str:
+    return f"{run_folder(run_id)}/launches/{number:04}.started.json"
+
+
+def _time() -> str:
+    return now().isoformat(timespec="seconds")

@@ -1,0 +1,43 @@
+"""Arguments and options that several commands share."""
+
+import os
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from g4kit.errors import UserError
+
+
+class RunId(click.ParamType[str]):
+    """A run id, checked before anything is made of it: it becomes a folder's name."""
+
+    name = "run id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
+        from g4trainer.rundir import RunIdError, check_run_id
+
+        try:
+            return check_run_id(value)
+        except RunIdError as error:
+            raise UserError(str(error)) from error
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        """The runs of the local bucket; asking a cloud at every key would be slow."""
+        from g4kit.targets import open_local
+
+        return [
+            CompletionItem(name)
+            for name in open_local(os.environ).bucket.folders("runs/")
+            if name.startswith(incomplete)
+        ]
+
+
+run_id_argument = click.argument("run_id", metavar="ID", type=RunId())
+target_option = click.option(
+    "--target",
+    envvar="G4KIT_TARGET",
+    metavar="local",
+    help="Where runs live. Also G4KIT_TARGET. Default: local, the folder .g4kit or G4KIT_ROOT.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -1,0 +1,240 @@
+"""What a run looks like from outside: its files and its execution, put together."""
+
+import dataclasses
+import datetime
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from g4kit.cloud.base import Bucket, Cloud, Execution, ExecutionState, ObjectNotFoundError, now
+from g4kit.errors import UserError
+
+QUIET_AFTER_S = 180
+"""Without a heartbeat for so long, a running run is said to be quiet."""
+
+
+class RunNotFoundError(UserError):
+    def __init__(self, run_id: str, bucket: str, known: Sequence[str]) -> None:
+        close = difflib.get_close_matches(run_id, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        super().__init__(f"run {run_id}: not in {bucket}; {hint}`g4kit runs` lists those that are.")
+
+
+class DamagedError(UserError):
+    """A JSON file of a run that does not parse."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunView:
+    """One run, as `g4kit runs` shows it. Field names are those of `--json`."""
+
+    run_id: str
+    state: str
+    """pending, loading, running, interrupted, succeeded, failed or cancelled."""
+    live: bool
+    """Whether an execution is going on that may still change the outcome, so that waiting makes sense."""
+    target: str
+    recipe: str
+    model: str
+    dataset: str
+    created_at: str
+    execution: str | None = None
+    attempt: int | None = None
+    """Counts across executions, as the trainer does."""
+    phase: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    samples_per_second: float | None = None
+    eta_s: float | None = None
+    progress: dict[str, int] | None = None
+    heartbeat: str | None = None
+    message: str = ""
+    reason: str | None = None
+    """Why no retry can help, from failed.json."""
+    remedy: str | None = None
+    exit_code: int | None = None
+    results: dict[str, Any] | None = None
+    """results.json without its list of artifacts."""
+
+    def accuracy(self, when: str) -> float | None:
+        """when: `baseline` or `final`."""
+        part = (self.results or {}).get(when)
+        return part.get("accuracy") if isinstance(part, dict) else None
+
+
+def run_folder(run_id: str) -> str:
+    return f"runs/{run_id}"
+
+
+def list_runs(cloud: Cloud) -> list[RunView]:
+    """Every run, newest first. A damaged one is shown as failed, with the reason."""
+    by_run: dict[str, list[Execution]] = {}
+    for execution in cloud.jobs.find():
+        by_run.setdefault(execution.run_id, []).append(execution)
+    views = []
+    for run_id in cloud.bucket.folders("runs/"):
+        try:
+            view = _view(cloud, run_id, by_run.get(run_id, []))
+        except DamagedError as error:
+            view = RunView(run_id, "failed", False, cloud.target, "?", "?", "?", "", message=str(error))
+        if view:
+            views.append(view)
+    return sorted(views, key=lambda view: (view.created_at, view.run_id), reverse=True)
+
+
+def read_run(cloud: Cloud, run_id: str) -> RunView:
+    """Raises RunNotFoundError, DamagedError."""
+    view = _view(cloud, run_id, cloud.jobs.find(run_id))
+    if view is None:
+        raise not_found(cloud, run_id)
+    return view
+
+
+def require_run(cloud: Cloud, run_id: str) -> None:
+    """Raises RunNotFoundError."""
+    if read_document(cloud.bucket, f"{run_folder(run_id)}/recipe.json") is None:
+        raise not_found(cloud, run_id)
+
+
+def not_found(cloud: Cloud, run_id: str) -> RunNotFoundError:
+    return RunNotFoundError(run_id, cloud.bucket.url, cloud.bucket.folders("runs/"))
+
+
+def read_document(bucket: Bucket, name: str) -> dict[str, Any] | None:
+    """A JSON object of the bucket; None where it is not there. Raises DamagedError."""
+    try:
+        document = json.loads(bucket.read(name))
+    except ObjectNotFoundError:
+        return None
+    except ValueError as error:
+        raise DamagedError(f"{bucket.url}/{name}: damaged: {error}; restore it, or launch the run anew.") from error
+    if not isinstance(document, dict):
+        raise DamagedError(f"{bucket.url}/{name}: damaged: got no JSON object; restore it, or launch the run anew.")
+    return document
+
+
+def combine(
+    run_id: str,
+    recipe: dict[str, Any],
+    execution: Execution | None,
+    status: dict[str, Any] | None,
+    failed: dict[str, Any] | None,
+    results: dict[str, Any] | None,
+    at: datetime.datetime,
+) -> RunView:
+    """The view of one run at a moment, from its newest execution and its files."""
+    status = status or {}
+    state = run_state(execution, status, failed, results)
+    wanted = recipe.get("recipe", {})
+    return RunView(
+        run_id=run_id,
+        state=state,
+        live=execution is not None and execution.active and results is None and failed is None,
+        target=recipe.get("target", "?"),
+        recipe=wanted.get("name", "?"),
+        model=wanted.get("model", {}).get("id", "?"),
+        dataset=wanted.get("data", {}).get("dataset", "?"),
+        created_at=recipe.get("created_at", ""),
+        execution=execution.name if execution else None,
+        **{key: status.get(key) for key in STATUS_KEYS},
+        message=_message(state, execution, status, failed, at),
+        reason=failed.get("reason") if failed else None,
+        remedy=failed.get("remedy") if failed else None,
+        exit_code=_exit_code(execution, failed, results),
+        results={key: value for key, value in results.items() if key != "artifacts"} if results else None,
+    )
+
+
+STATUS_KEYS = (
+    "attempt",
+    "phase",
+    "step",
+    "total_steps",
+    "loss",
+    "learning_rate",
+    "samples_per_second",
+    "eta_s",
+    "progress",
+    "heartbeat",
+)
+"""What a view takes over from status.json as it stands."""
+
+
+def run_state(
+    execution: Execution | None,
+    status: dict[str, Any],
+    failed: dict[str, Any] | None,
+    results: dict[str, Any] | None,
+) -> str:
+    if results is not None:
+        return "succeeded"
+    if execution is None or execution.state is ExecutionState.PENDING:
+        return "pending"
+    if execution.state is ExecutionState.CANCELLED:
+        return "cancelled"
+    if failed is not None:
+        return "failed"
+    said = status.get("state")
+    if execution.active:
+        if said is None or _is_from_before(status, execution):
+            return "loading"
+        return said if said in ("loading", "running") else "interrupted"
+    return "interrupted" if execution.exit_code == INTERRUPTED or said == "interrupted" else "failed"
+
+
+INTERRUPTED = 75
+"""The trainer's exit code for: stopped on purpose, with a checkpoint."""
+
+
+def _view(cloud: Cloud, run_id: str, executions: list[Execution]) -> RunView | None:
+    folder = run_folder(run_id)
+    recipe = read_document(cloud.bucket, f"{folder}/recipe.json")
+    if recipe is None:
+        return None
+    results = read_document(cloud.bucket, f"{folder}/results.json")
+    status = read_document(cloud.bucket, f"{folder}/status.json")
+    failed = None if results else read_document(cloud.bucket, f"{folder}/failed.json")
+    return combine(run_id, recipe, executions[-1] if executions else None, status, failed, results, now())
+
+
+def _message(
+    state: str,
+    execution: Execution | None,
+    status: dict[str, Any],
+    failed: dict[str, Any] | None,
+    at: datetime.datetime,
+) -> str:
+    if state == "succeeded":
+        return ""
+    if execution is None:
+        return "never started"
+    if not execution.active and execution.state is ExecutionState.SUCCEEDED:
+        return "its process ended with exit code 0 and wrote no results.json"
+    if state == "failed" and failed is not None:
+        return ""  # failed.json says more
+    if not execution.active or execution.message:
+        return execution.message
+    if status.get("heartbeat") and not _is_from_before(status, execution):
+        quiet_s = (at - datetime.datetime.fromisoformat(status["heartbeat"])).total_seconds()
+        if quiet_s > QUIET_AFTER_S:
+            return f"no heartbeat for {round(quiet_s)} s"
+    return str(status.get("message") or "")
+
+
+def _exit_code(
+    execution: Execution | None, failed: dict[str, Any] | None, results: dict[str, Any] | None
+) -> int | None:
+    if results is not None:
+        return 0
+    if failed is not None:
+        return int(failed["exit_code"])
+    return execution.exit_code if execution else None
+
+
+def _is_from_before(status: dict[str, Any], execution: Execution) -> bool:
+    """Whether status.json was written by an earlier execution."""
+    heartbeat = status.get("heartbeat")
+    return heartbeat is None or datetime.datetime.fromisoformat(heartbeat) < execution.created_at

@@ -1,0 +1,62 @@
+"""What `launch` and `resume` do once a run has been started."""
+
+import dataclasses
+import sys
+from typing import NoReturn
+
+from g4kit.cloud.base import Cloud
+from g4kit.following import exit_code, follow_to_the_end
+from g4kit.output import print_data, print_json, say
+from g4kit.progress import open_progress
+from g4kit.runs import RunView, read_run
+
+DETACHED = 130
+
+
+def commands_for(run_id: str) -> dict[str, str]:
+    """The exact commands for a run, by what they do."""
+    return {
+        "follow": f"g4kit runs {run_id} --watch",
+        "logs": f"g4kit logs {run_id} -f",
+        "cancel": f"g4kit cancel {run_id}",
+        "fetch": f"g4kit fetch {run_id}",
+    }
+
+
+def print_started(cloud: Cloud, run_id: str, as_json: bool) -> None:
+    for what, text in commands_for(run_id).items():
+        say(f"  {what:<7} {text}")
+    _print_view(read_run(cloud, run_id), as_json)
+
+
+def wait_and_exit(cloud: Cloud, run_id: str, as_json: bool) -> NoReturn:
+    """Follows to the end, prints the run and exits with the trainer's code; Ctrl-C leaves the run going."""
+    try:
+        with open_progress() as progress:
+            view = follow_to_the_end(cloud, run_id, progress.show, say)
+    except KeyboardInterrupt:
+        say(f"\ndetached; the run goes on. To come back: g4kit runs {run_id} --watch; to end it: g4kit cancel {run_id}")
+        sys.exit(DETACHED)
+    say(next_step(view))
+    _print_view(view, as_json)
+    sys.exit(exit_code(view))
+
+
+def next_step(view: RunView) -> str:
+    """What the user can do with a run that has ended."""
+    if view.state == "succeeded":
+        return f"run {view.run_id}: succeeded. Take the results home: g4kit fetch {view.run_id}"
+    lines = [
+        f"run {view.run_id}: {view.state}" + (f": {view.reason or view.message}" if view.reason or view.message else "")
+    ]
+    if view.remedy:
+        lines.append(f"  {view.remedy}")
+    lines.append(f"  its log: g4kit logs {view.run_id}; to go on from its last checkpoint: g4kit resume {view.run_id}")
+    return "\n".join(lines)
+
+
+def _print_view(view: RunView, as_json: bool) -> None:
+    if as_json:
+        print_json(dataclasses.asdict(view) | {"commands": commands_for(view.run_id)})
+    else:
+        print_data(view.run_id)

@@ -1,0 +1,104 @@
+"""A trainer that trains nothing: it keeps the run directory's contracts and ends as the test wants.
+
+$STANDIN_PLAN is a JSON list, one entry an attempt over all executions (the last one repeats):
+    {"steps": steps to add, "exit": exit code, "sleep_s": pause before the end, "ignore_sigterm": true}
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from g4trainer.rundir import RunDir, file_entry, read_json, write_bytes, write_json
+
+TOTAL_STEPS = 10
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["tiny"]:
+        return make_tiny(arguments[1], Path(arguments[2]))
+    return run(RunDir(Path(arguments[1])))
+
+
+def make_tiny(kind: str, folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("STANDIN_TINY_FAILS"):
+        print("cannot make it", file=sys.stderr)
+        return 1
+    names = ["config.json", "model.safetensors"] if kind == "model" else ["train.parquet", "test.parquet"]
+    for name in names:
+        (folder / name).write_bytes(hashlib.sha256(name.encode()).digest() * 40)
+    return 0
+
+
+def run(here: RunDir) -> int:
+    frozen = read_json(here.recipe)
+    earlier = len(list(here.claims.iterdir())) if here.claims.is_dir() else 0
+    write_json(here.claims / f"{earlier}.json", {"pid": os.getpid()})
+    if here.failed.exists():
+        return int(read_json(here.failed)["exit_code"])
+    plan = json.loads(os.environ.get("STANDIN_PLAN", '[{"steps": 10, "exit": 0}]'))
+    wanted = plan[min(earlier, len(plan) - 1)]
+    if wanted.get("ignore_sigterm"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    step = read_json(here.status)["step"] if here.status.exists() else 0
+    for _ in range(wanted["steps"]):
+        step += 1
+        status(here, "running", step, earlier)
+        print(f"step {step} of {frozen['run_id']}")
+    time.sleep(wanted.get("sleep_s", 0))
+    if wanted["exit"] in (2, 3, 4):
+        document = {"exit_code": wanted["exit"], "reason": "it cannot work", "remedy": "change it", "attempt": earlier}
+        write_json(here.failed, document | {"time": datetime.now(UTC).isoformat()})
+        status(here, "failed", step, earlier)
+    elif wanted["exit"] == 0:
+        finish(here, frozen, step, earlier)
+    else:
+        status(here, "interrupted", step, earlier)
+    return int(wanted["exit"])
+
+
+def status(here: RunDir, state: str, step: int, attempt: int) -> None:
+    document = {
+        "state": state,
+        "phase": "train",
+        "step": step,
+        "total_steps": TOTAL_STEPS,
+        "loss": 1 / step if step else None,
+        "learning_rate": 1e-3,
+        "samples_per_second": 12.5,
+        "eta_s": 3.0,
+        "progress": None,
+        "attempt": attempt,
+        "heartbeat": datetime.now(UTC).isoformat(),
+        "message": "",
+    }
+    write_json(here.status, document)
+
+
+def finish(here: RunDir, frozen: dict[str, str], step: int, attempt: int) -> None:
+    write_bytes(here.adapter / "adapter_model.safetensors", b"weights" * 1000)
+    write_json(here.adapter / "adapter_config.json", {"r": 64})
+    write_bytes(here.report, b"<html></html>")
+    write_json(here.evaluation / "final.json", {"accuracy": 0.95})
+    names = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "report.html", "evaluation/final.json"]
+    results = {
+        "state": "succeeded",
+        "run_id": frozen["run_id"],
+        "baseline": {"accuracy": 0.1},
+        "final": {"accuracy": 0.95, "macro_f1": 0.94, "unknown_rate": 0.0},
+        "train": {"steps": step},
+        "artifacts": {name: file_entry(here.path / name) for name in names},
+    }
+    status(here, "succeeded", step, attempt)
+    write_json(here.results, results)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
