@@ -5,8 +5,10 @@ import datetime
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from g4kit.cloud.base import (
     BLOCK_BYTES,
@@ -107,15 +109,15 @@ class LocalBucket:
         with storage_errors(folder):
             if not folder.is_dir():
                 return []
-            children = [child for child in folder.iterdir() if child.is_dir()]
-        return sorted(child.name for child in children if next(self._names(f"{prefix}{child.name}/"), None))
+            names = {f"{prefix}{child.name}/" for child in folder.iterdir() if child.is_dir()} - {f"{INTERNAL_FOLDER}/"}
+        return sorted(Path(name).name for name in names if next(self._names(name), None))
 
     def upload_file(
         self, path: Path, name: str, *, if_generation_match: int | None = None, progress: Progress | None = None
     ) -> Object:
         target = self._path(name)
-        with storage_errors(target), _partial(target) as partial:
-            crc32c = _copy(path, partial, progress)
+        with path.open("rb") as reading, storage_errors(target), _partial(target) as partial:
+            crc32c = _copy(reading, partial, progress)
             with self._lock():
                 before = self._check(name, target, if_generation_match)
                 partial.replace(target)
@@ -125,9 +127,11 @@ class LocalBucket:
 
     def download_file(self, name: str, path: Path, *, progress: Progress | None = None) -> Object:
         source = self._path(name)
-        with self._found(name), storage_errors(path), _partial(path) as partial:
+        with self._found(name):
             found = self._object(name, source)
-            crc32c = _copy(source, partial, progress)
+            reading = source.open("rb")
+        with reading, storage_errors(path), _partial(path) as partial:
+            crc32c = _copy(reading, partial, progress)
             written = crc32c_of_file(partial)
             if written != crc32c:
                 raise ChecksumError(name, crc32c, written)
@@ -162,7 +166,7 @@ class LocalBucket:
         top = self._folder(prefix)
 
         def refuse(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise error
 
         with storage_errors(top):
@@ -175,16 +179,19 @@ class LocalBucket:
 
     def _object(self, name: str, path: Path) -> Object:
         found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise IsADirectoryError(path)
         updated = datetime.datetime.fromtimestamp(found.st_mtime, datetime.UTC)
         return Object(name, found.st_size, found.st_mtime_ns, updated, None)
 
     @contextlib.contextmanager
     def _found(self, name: str) -> Iterator[None]:
-        try:
-            with storage_errors(self.root / name):
+        """A folder is no object, and a file holds none."""
+        with storage_errors(self.root / name):
+            try:
                 yield
-        except FileNotFoundError:
-            raise ObjectNotFoundError(self.url, name) from None
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise ObjectNotFoundError(self.url, name) from None
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -220,10 +227,10 @@ def _partial(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _copy(source: Path, target: Path, progress: Progress | None) -> str:
+def _copy(reading: BinaryIO, target: Path, progress: Progress | None) -> str:
     """Copies the bytes and returns their CRC32C as they were read."""
     checksum = Crc32c()
-    with source.open("rb") as reading, target.open("wb") as writing:
+    with target.open("wb") as writing:
         while block := reading.read(BLOCK_BYTES):
             checksum.update(block)
             writing.write(block)

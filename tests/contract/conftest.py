@@ -1,0 +1,57 @@
+"""Every implementation of the Cloud protocol, each given the same tests.
+
+An implementation is added here as a function that makes an empty cloud whose jobs run `task.py` with the request's
+arguments, and whose processes get 1 s between SIGTERM and SIGKILL, so that the tests are quick.
+"""
+
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from contract.waiting import wait
+from g4kit.cloud.base import Cloud, Execution, JobRequest
+from g4kit.cloud.local import LocalCloud
+
+TASK = (sys.executable, str(Path(__file__).with_name("task.py")))
+
+
+def local(folder: Path) -> Cloud:
+    return LocalCloud(folder / "bucket", command=TASK, grace_s=1.0)
+
+
+CLOUDS: dict[str, Callable[[Path], Cloud]] = {"local": local}
+
+
+@pytest.fixture(params=CLOUDS)
+def cloud(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cloud]:
+    """An empty cloud; whatever a test leaves running is ended."""
+    made = CLOUDS[request.param](tmp_path)
+    yield made
+    for execution in made.jobs.find():
+        made.jobs.cancel(execution.name)
+    for execution in made.jobs.find():
+        wait(made, execution.name)
+
+
+@pytest.fixture
+def start(cloud: Cloud) -> Callable[..., Execution]:
+    """Starts a job that does what its arguments say, see task.py."""
+
+    def start(
+        *args: str,
+        run_id: str = "run-1",
+        launch_id: str | None = None,
+        timeout_s: int = 60,
+        max_attempts: int = 1,
+        env: dict[str, str] | None = None,
+        task_count: int = 1,
+    ) -> Execution:
+        launch_id = launch_id or secrets.token_hex(4)
+        return cloud.jobs.run(
+            JobRequest(run_id, launch_id, args, timeout_s, max_attempts, "nvidia-l4", env or {}, task_count)
+        )
+
+    return start
