@@ -29,7 +29,7 @@ NOT_IN_THE_HASH = {"training": {"per_device_train_batch_size", "activation_check
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used. `problems` lists every reason, each with its path, what was got and what to write."""
+    """A recipe that cannot be used. `problems` lists every reason: where, what was got, what to write."""
 
     def __init__(self, source: str, problems: Iterable[str]) -> None:
         self.source = source
@@ -170,7 +170,7 @@ class Job(Section):
 
 
 class Recipe(Section):
-    """A validated recipe with every default filled in. "auto" stays "auto": the trainer records its choice in plan.json."""
+    """A validated recipe with every default filled in. "auto" stays: the trainer records its choice in plan.json."""
 
     name: str = option(
         ...,
@@ -194,7 +194,7 @@ class Recipe(Section):
 
     @property
     def hash(self) -> str:
-        """SHA-256 over what decides the result: model, data, lora and training, less how the work is cut for the card."""
+        """SHA-256 over what decides the result: model, data, lora, training, less how the work is cut."""
         content = self.model_dump(mode="json", include=set(SECTIONS_OF_THE_RESULT))
         for section, keys in NOT_IN_THE_HASH.items():
             for key in keys:
@@ -255,7 +255,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def parse_recipe(document: Mapping[str, Any], *, source: str) -> Recipe:
-    """Validates a recipe given as a mapping. Raises RecipeError with every problem; `source` names it in the message."""
+    """Validates a recipe given as a mapping. Raises RecipeError with every problem; `source` is named in it."""
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
@@ -298,6 +298,19 @@ def load_frozen(path: Path) -> FrozenRecipe:
         raise RecipeError(
             str(path), [f"{detail['msg']} ({'.'.join(map(str, detail['loc']))})" for detail in error.errors()]
         ) from None
+
+
+def lora_config(settings: Lora, *, base_model: str) -> dict[str, Any]:
+    """`lora_config.json`: loads back with `peft.LoraConfig(**json)`."""
+    return {
+        "base_model_name_or_path": base_model,
+        "task_type": "CAUSAL_LM",
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "target_modules": settings.target_modules,
+        "bias": "none",
+    }
 
 
 def _apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> Iterable[str]:

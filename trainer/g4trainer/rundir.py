@@ -38,7 +38,8 @@ def check_run_id(run_id: str) -> str:
     """Returns the id, or raises RunIdError: an id becomes a folder's name, so `../x` must never pass."""
     if not RUN_ID.fullmatch(run_id):
         raise RunIdError(
-            f"run id: got {run_id!r}; write lower-case letters, digits and dashes, for example digits-tiny-20260101-120000-0a1b."
+            f"run id: got {run_id!r}; write letters a to z, digits and dashes, "
+            f"for example digits-tiny-20260101-120000-0a1b."
         )
     return run_id
 
@@ -135,7 +136,7 @@ def create_bytes(path: Path, data: bytes) -> None:
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
-            # Without hard links the name is taken first; a crash right here leaves an empty file, which no reader parses.
+            # Without hard links the name is taken first; a crash right here leaves an empty file, which is no JSON.
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE))
             temporary.replace(path)
 
@@ -183,7 +184,7 @@ def manifest(folder: Path, *, leave_out: frozenset[str] = frozenset()) -> dict[s
 def manifest_problems(
     folder: Path, entries: dict[str, dict[str, Any]], *, leave_out: frozenset[str] = frozenset()
 ) -> list[str]:
-    """What differs between a folder and its manifest: missing, extra and changed files. Empty when every byte agrees."""
+    """What differs between a folder and its manifest: missing, extra, changed files. Empty when every byte agrees."""
     if not folder.is_dir():
         return [f"{folder}: missing"]
     found = manifest(folder, leave_out=leave_out)

@@ -1,0 +1,123 @@
+"""`python -m g4trainer VERB PATH`: the process that Cloud Run, Vertex AI or the local target starts."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+STARTED = time.monotonic()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns its exit code (see exits.py)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    for chatty in ("httpx", "datasets", "accelerate", "bitsandbytes"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is staged: nothing may be looked up outside
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    code: int = options.verb(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="g4trainer", description="Fine-tunes Gemma 4 in a run directory.")
+    parser.add_argument("--version", action="version", version=version("g4kit"))
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    run = verbs.add_parser("run", help="do what is left of a run")
+    run.add_argument("path", nargs="?", type=Path, help="a run directory, for example /mnt/gcs/runs/ID")
+    run.add_argument("--recipe", type=Path, help="a recipe: make a run directory for it under $G4KIT_ROOT, then run it")
+    run.set_defaults(verb=_run)
+
+    tiny = verbs.add_parser("tiny", help="make the embedded model or data set")
+    tiny.add_argument("what", choices=("model", "data"))
+    tiny.add_argument("path", type=Path, help="the folder to write; it must be empty or missing")
+    tiny.set_defaults(verb=_tiny)
+
+    selftest = verbs.add_parser(
+        "selftest", help="train the embedded model for a few steps, to prove an image or a machine"
+    )
+    selftest.set_defaults(verb=_selftest)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from g4trainer.deadline import Deadline
+
+    deadline = Deadline.from_environment(STARTED)
+    deadline.listen()
+    from g4trainer.rundir import RunDir
+
+    if (options.path is None) == (options.recipe is None):
+        return _usage("run: write either the PATH of a run directory, or --recipe RECIPE.")
+    if options.path is None:
+        from g4trainer.launch import make_run
+        from g4trainer.recipe import RecipeError
+
+        try:
+            path = make_run(options.recipe, Path(os.environ.get("G4KIT_ROOT") or ".g4kit"))
+        except RecipeError as error:
+            return _usage(str(error))
+    else:
+        path = options.path
+        if not (path / "recipe.json").is_file():
+            return _usage(
+                f"run: {path} has no recipe.json; write the path of a run directory that `g4kit launch` made."
+            )
+    _quiet_imports()
+    from g4trainer.train import run_attempt
+
+    return int(run_attempt(RunDir(path), deadline))
+
+
+def _tiny(options: argparse.Namespace) -> int:
+    if options.path.exists() and any(options.path.iterdir()):
+        return _usage(f"tiny: {options.path} is not empty; write an empty or missing folder.")
+    _quiet_imports()
+    from g4trainer import tiny
+
+    if options.what == "model":
+        tiny.write_model(options.path)
+    else:
+        tiny.write_digits(options.path)
+    return 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    os.environ.setdefault("G4KIT_STATUS_INTERVAL_S", "1")  # its run directory is local
+    _quiet_imports()
+    from g4trainer.selftest import selftest
+
+    return int(selftest())
+
+
+def _quiet_imports() -> None:
+    """Imports torch and its neighbours in the one order that works everywhere (see torchvision_operators)."""
+    from g4trainer import torchvision_operators
+
+    torchvision_operators.declare()
+    with contextlib.redirect_stdout(sys.stderr):
+        import bitsandbytes  # noqa: F401 prints what its CPU kernels lack
+        import datasets
+        import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def _usage(message: str) -> int:
+    print(f"g4trainer: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,239 @@
+"""Examples become tensors: image before text, the prompt masked by searching the label backwards.
+
+The ids of a sample are the generation prompt followed by the completion, so that training sees exactly what inference
+will see, whatever the chat template adds to its generation prompt:
+
+    <bos><|turn>user\\n<|image>..soft tokens..<image|>Which breed?<turn|>\\n<|turn>model\\n Siamese<turn|>
+    |----------------------------- masked -------------------------------------------------|- loss -----|
+
+The search needs to know neither how many soft tokens an image took nor what the template looks like: it finds the
+label's tokens from the end, steps back to `<|turn>`, and masks everything before. Where the search and the
+construction disagree, the sample is refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from g4trainer.dataset import DataError, Example
+
+IGNORED = -100
+"""Label of a position that carries no loss."""
+TURN, END_OF_TURN = "<|turn>", "<turn|>"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample. Lists run over the sequence; image tensors over the sample's images."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """The id itself where supervised, IGNORED elsewhere; not shifted."""
+    pixel_values: torch.Tensor  # (images, patches, 3 * patch_size**2) float32 from 0 to 1
+    image_position_ids: torch.Tensor  # (images, patches, 2) int64, -1 where padded
+
+
+class Collator:
+    """Turns examples into batches for training, right-padded, and into prompts for generation, left-padded."""
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        max_soft_tokens: int,
+        supervise: Literal["completion", "turn"] = "completion",
+        max_length: int | None = None,
+    ) -> None:
+        """
+        processor: a Gemma4Processor.
+        max_soft_tokens: upper bound of the tokens an image takes: 70, 140, 280, 560 or 1120.
+        supervise: what carries loss: the completion, or all of the model's turn from `<|turn>` on.
+        max_length: a longer sample is refused, never cut; None sets no bound.
+        """
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.max_soft_tokens = max_soft_tokens
+        self.supervise = supervise
+        self.max_length = max_length
+        self.turn_id = token_id(self.tokenizer, TURN)
+        self.end_of_turn_id = token_id(self.tokenizer, END_OF_TURN)
+        self.bos_id = self.tokenizer.bos_token_id
+        self.pad_id = self.tokenizer.pad_token_id
+        self.image_id = processor.image_token_id
+        self.image_start_id = token_id(self.tokenizer, processor.boi_token)
+        self.image_end_id = token_id(self.tokenizer, processor.eoi_token)
+        self._special_texts = tuple(
+            sorted({*self.tokenizer.all_special_tokens, TURN, END_OF_TURN, processor.image_token})
+        )
+        self._prompts: dict[tuple[str, int], list[int]] = {}
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """A training batch. `logits_to_keep` and `kept_labels` name the positions that predict a supervised token.
+
+        input_ids, attention_mask, mm_token_type_ids, labels: (batch, sequence) int64, padded on the right
+        logits_to_keep: (batch, supervised) int64 positions; kept_labels: the ids they predict, IGNORED where padded
+        pixel_values: (images, patches, 3 * patch_size**2) float32; image_position_ids: (images, patches, 2) int64
+        """
+        encoded = [self.encode(example) for example in examples]
+        batch = self._pad([sample.input_ids for sample in encoded], side="right")
+        width = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor(
+            [sample.labels + [IGNORED] * (width - len(sample.labels)) for sample in encoded], dtype=torch.int64
+        )
+        batch["logits_to_keep"], batch["kept_labels"] = supervised_positions([sample.labels for sample in encoded])
+        return batch | self._images(encoded)
+
+    def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """A generation batch: the same without labels, padded on the left, each row ending with the prompt."""
+        encoded = [self._encode(example, completion=[]) for example in examples]
+        return self._pad([sample.input_ids for sample in encoded], side="left") | self._images(encoded)
+
+    def encode(self, example: Example) -> Encoded:
+        """One training sample. Raises DataError, with the example's id, where it cannot be supervised exactly."""
+        answer = self.answer_ids(example.answer, example.id)
+        return self._encode(example, completion=[*answer, self.end_of_turn_id], answer=answer)
+
+    def answer_ids(self, answer: str, example_id: str = "answer") -> list[int]:
+        """Ids of an answer as the model would generate it, without the end of its turn."""
+        self._refuse_special(answer, "answer", example_id)
+        ids: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise DataError(f"{example_id}: the answer {answer!r} has no tokens; write some text.")
+        return ids
+
+    def _encode(self, example: Example, *, completion: list[int], answer: Sequence[int] = ()) -> Encoded:
+        images = self.processor.image_processor(
+            example.open_images(), max_soft_tokens=self.max_soft_tokens, return_tensors="pt"
+        )
+        prompt = self._expand(
+            self._prompt_ids(example), [int(count) for count in images["num_soft_tokens_per_image"]], example.id
+        )
+        ids = [*prompt, *completion]
+        if ids.count(self.bos_id) != 1 or ids[0] != self.bos_id:
+            raise DataError(
+                f"{example.id}: {ids.count(self.bos_id)} begin-of-sequence tokens, not one at the start; "
+                f"mend the model's chat template."
+            )
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise DataError(
+                f"{example.id}: {len(ids)} tokens, more than {self.max_length}; cutting would lose the image or the "
+                f"label: shorten the prompt, or lower model.max_soft_tokens."
+            )
+        labels = [IGNORED] * len(ids)
+        if completion:
+            start = self._supervised_start(ids, answer, len(prompt), example.id)
+            labels[start:] = ids[start:]
+        return Encoded(ids, labels, images["pixel_values"], images["image_position_ids"])
+
+    def _supervised_start(self, ids: list[int], answer: Sequence[int], prompt_length: int, example_id: str) -> int:
+        """First supervised position. The search and the construction must agree on where the answer is."""
+        turn, found = find_answer(ids, answer, self.turn_id)
+        if found != prompt_length or turn < 0:
+            raise DataError(
+                f"{example_id}: the backward search found the label at token {found} after the turn at {turn}, but it "
+                f"was put at token {prompt_length}; the model's chat template or tokenizer is not Gemma 4's."
+            )
+        return turn if self.supervise == "turn" else found
+
+    def _prompt_ids(self, example: Example) -> list[int]:
+        """The generation prompt with one placeholder an image. Samples share few prompts, so they are kept."""
+        key = (example.prompt, len(example.images))
+        if key not in self._prompts:
+            self._refuse_special(example.prompt, "prompt", example.id)
+            content = [{"type": "image"}] * len(example.images) + [{"type": "text", "text": example.prompt}]
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            first_text = text.find(example.prompt.strip())
+            if ids.count(self.image_id) != len(example.images) or first_text < text.rfind(self.processor.image_token):
+                raise DataError(
+                    f"{example.id}: the chat template gives {text!r}; it must show each image once, before the text."
+                )
+            self._prompts[key] = ids
+        return self._prompts[key]
+
+    def _expand(self, ids: list[int], soft_tokens: list[int], example_id: str) -> list[int]:
+        """Each placeholder becomes `<|image>`, as many soft tokens as the processor counted, and `<image|>`."""
+        if ids.count(self.image_id) != len(soft_tokens):
+            raise DataError(f"{example_id}: {ids.count(self.image_id)} placeholders for {len(soft_tokens)} images.")
+        counts = iter(soft_tokens)
+        expanded: list[int] = []
+        for token in ids:
+            if token == self.image_id:
+                expanded += [self.image_start_id, *[self.image_id] * next(counts), self.image_end_id]
+            else:
+                expanded.append(token)
+        return expanded
+
+    def _refuse_special(self, text: str, part: str, example_id: str) -> None:
+        for special in self._special_texts:
+            if special in text:
+                raise DataError(f"{example_id}: the {part} {text!r} holds the special token {special}; leave it out.")
+
+    def _pad(self, rows: list[list[int]], *, side: Literal["left", "right"]) -> dict[str, torch.Tensor]:
+        width = max(map(len, rows))
+
+        def padded(row: list[int], filler: int) -> list[int]:
+            padding = [filler] * (width - len(row))
+            return padding + row if side == "left" else row + padding
+
+        input_ids = torch.tensor([padded(row, self.pad_id) for row in rows], dtype=torch.int64)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.tensor([padded([1] * len(row), 0) for row in rows], dtype=torch.int64),
+            # Without it the larger sizes silently lose bidirectional attention over image tokens.
+            "mm_token_type_ids": (input_ids == self.image_id).to(torch.int64),
+        }
+
+    @staticmethod
+    def _images(encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": torch.cat([sample.pixel_values for sample in encoded]),
+            "image_position_ids": torch.cat([sample.image_position_ids for sample in encoded]),
+        }
+
+
+def find_answer(ids: Sequence[int], answer: Sequence[int], turn_id: int) -> tuple[int, int]:
+    """Positions of the `<|turn>` before the last occurrence of `answer` and of that occurrence; -1 where there is none.
+
+    It searches from the end, so a label that is also in the prompt is never taken for the answer.
+    """
+    found = next(
+        (
+            start
+            for start in range(len(ids) - len(answer), -1, -1)
+            if list(ids[start : start + len(answer)]) == list(answer)
+        ),
+        -1,
+    )
+    turn = next((position for position in range(found - 1, -1, -1) if ids[position] == turn_id), -1)
+    return turn, found
+
+
+def supervised_positions(labels: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions whose logits predict a supervised token, and those tokens.
+
+    Returns two (batch, supervised) int64 tensors, short rows padded with position 0 and IGNORED.
+    """
+    rows = [[i for i, label in enumerate(row) if label != IGNORED and i > 0] for row in labels]
+    width = max(map(len, rows))
+    positions = torch.zeros(len(rows), width, dtype=torch.int64)
+    targets = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        positions[index, : len(row)] = torch.tensor(row, dtype=torch.int64) - 1
+        targets[index, : len(row)] = torch.tensor([labels[index][i] for i in row], dtype=torch.int64)
+    return positions, targets
+
+
+def token_id(tokenizer: Any, name: str) -> int:
+    """Id of a token by its name. Raises DataError where the tokenizer does not know it: it is not Gemma 4's."""
+    found = tokenizer.convert_tokens_to_ids(name)
+    if found is None or found == tokenizer.unk_token_id:
+        raise DataError(f"the tokenizer has no token {name}; stage a Gemma 4 instruction-tuned model.")
+    return int(found)

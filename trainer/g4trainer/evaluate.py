@@ -1,0 +1,204 @@
+"""Evaluation by generation: what the model says about each test image, and how good that is."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from g4trainer.collator import END_OF_TURN, Collator
+from g4trainer.dataset import DataError, Example
+
+UNKNOWN = "(unknown)"
+"""Column of the confusion matrix for answers that name no label."""
+CHAT_MAX_NEW_TOKENS = 256
+Z_95 = 1.959963984540054
+"""Quantile of the normal distribution for a two-sided 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One line of predictions.jsonl."""
+
+    id: str
+    truth: str
+    prediction: str | None
+    """The label that the answer names, None where it names none; the answer itself for chat."""
+    raw_text: str
+    correct: bool
+
+
+class Generator:
+    """Answers examples with a model: greedy, in batches, stopping at the end of the turn."""
+
+    def __init__(
+        self, model: Any, collator: Collator, labels: Sequence[str], *, max_new_tokens: int, constrained: bool
+    ) -> None:
+        self.model = model
+        self.collator = collator
+        self.labels = labels
+        self.max_new_tokens = max_new_tokens
+        self.trie = label_trie(collator, labels) if constrained else None
+
+    @torch.inference_mode()
+    def answer(self, examples: Sequence[Example]) -> list[str]:
+        """What the model says about each example, without special tokens."""
+        device = next(self.model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in self.collator.prompts(examples).items()}
+        width = batch["input_ids"].shape[1]
+        tokenizer = self.collator.tokenizer
+        constraint = {"prefix_allowed_tokens_fn": self._allowed(width)} if self.trie else {}
+        generated = self.model.generate(
+            **batch,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=[self.collator.end_of_turn_id, tokenizer.eos_token_id],
+            pad_token_id=tokenizer.pad_token_id,
+            **constraint,
+        )
+        texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=False)
+        return [_until_end_of_turn(text, tokenizer) for text in texts]
+
+    def _allowed(self, width: int) -> Callable[[int, torch.Tensor], list[int]]:
+        """For generate: the tokens that may follow, from a trie of the label names."""
+
+        def allowed(_: int, ids: torch.Tensor) -> list[int]:
+            node = self.trie
+            for token in ids[width:].tolist():
+                node = (node or {}).get(token)
+            return list(node) if node else [self.collator.tokenizer.pad_token_id]
+
+        return allowed
+
+
+def longest_answer(collator: Collator, labels: Sequence[str]) -> int:
+    """Tokens that the longest label needs, the end of the turn included."""
+    return max((len(collator.answer_ids(label)) for label in labels), default=CHAT_MAX_NEW_TOKENS - 1) + 1
+
+
+def label_trie(collator: Collator, labels: Sequence[str]) -> dict[int, Any]:
+    """Nested dictionaries of token ids; each label ends with the end of the turn."""
+    trie: dict[int, Any] = {}
+    for label in labels:
+        node = trie
+        for token in [*collator.answer_ids(label), collator.end_of_turn_id]:
+            node = node.setdefault(token, {})
+    return trie
+
+
+def predict(
+    generator: Generator,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    finished: Sequence[Prediction] = (),
+    on_batch: Callable[[list[Prediction]], None] = lambda predictions: None,
+) -> list[Prediction]:
+    """Predictions for all examples, in their order.
+
+    finished: predictions of an earlier attempt, in that order; whole batches of them are not generated again.
+    on_batch: called with all predictions so far after each batch, to publish them.
+    """
+    for example, prediction in zip(examples, finished, strict=False):
+        if example.id != prediction.id:
+            raise DataError(
+                f"predictions of an earlier attempt are of {prediction.id}, not {example.id}: the data changed."
+            )
+    predictions = list(finished[: len(finished) // batch_size * batch_size])
+    if len(finished) >= len(examples):
+        return list(finished[: len(examples)])
+    for start in range(len(predictions), len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        for example, text in zip(batch, generator.answer(batch), strict=True):
+            label = match_label(text, generator.labels) if generator.labels else text.strip()
+            predictions.append(Prediction(example.id, example.answer, label, text, label == example.answer.strip()))
+        on_batch(predictions)
+    return predictions
+
+
+def match_label(text: str, labels: Sequence[str]) -> str | None:
+    """The label that a text says: the whole text, else the longest label name that stands in it as whole words."""
+    folded = text.strip().rstrip(".").casefold()
+    exact = {label.casefold(): label for label in labels}
+    if folded in exact:
+        return exact[folded]
+    for name in sorted(exact, key=len, reverse=True):
+        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", folded):
+            return exact[name]
+    return None
+
+
+def score(predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, Any]:
+    """The metrics of an evaluation. Fractions run from 0 to 1; without labels (chat) only exact match has a value.
+
+    accuracy with its Wilson 95 % interval, macro-F1 over the labels, unknown rate, a table by class, and the confusion
+    matrix (rows: truth; columns: labels, then answers that name none).
+    """
+    count = len(predictions)
+    correct = sum(prediction.correct for prediction in predictions)
+    said = sum(prediction.raw_text.strip() == prediction.truth.strip() for prediction in predictions)
+    result: dict[str, Any] = {"count": count, "exact_match": said / count}
+    if not labels:
+        return {**result, "accuracy": None, "macro_f1": None, "unknown_rate": None}
+    truths = [prediction.truth for prediction in predictions]
+    answers = [prediction.prediction or UNKNOWN for prediction in predictions]
+    present = [label for label in labels if label in set(truths) | set(answers)]
+    precision, recall, f1, support = precision_recall_fscore_support(
+        truths, answers, labels=list(labels), zero_division=0.0
+    )
+    columns = [*labels, UNKNOWN]
+    return {
+        **result,
+        "accuracy": correct / count,
+        "accuracy_interval_95": wilson_interval(correct, count),
+        "macro_f1": sum(f1[labels.index(label)] for label in present) / len(present),
+        "unknown_rate": Counter(answers)[UNKNOWN] / count,
+        "per_class": [
+            {
+                "label": label,
+                "precision": float(precision[index]),
+                "recall": float(recall[index]),
+                "f1": float(f1[index]),
+                "support": int(support[index]),
+            }
+            for index, label in enumerate(labels)
+        ],
+        "confusion": {
+            "rows": list(labels),
+            "columns": columns,
+            "counts": confusion_matrix(truths, answers, labels=columns)[: len(labels)].tolist(),
+        },
+    }
+
+
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's score interval at 95 % for a fraction (E. B. Wilson, 1927)."""
+    share = successes / count
+    spread = Z_95**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z_95 * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def to_lines(predictions: Sequence[Prediction]) -> bytes:
+    """predictions.jsonl."""
+    return b"".join(json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n" for p in predictions)
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """The predictions of a file; empty where there is none."""
+    if not path.exists():
+        return []
+    return [Prediction(**json.loads(line)) for line in path.read_bytes().splitlines()]
+
+
+def _until_end_of_turn(text: str, tokenizer: Any) -> str:
+    text = text.split(END_OF_TURN)[0].split(tokenizer.eos_token)[0]
+    return text.replace(tokenizer.pad_token, "").strip()
