@@ -5,17 +5,15 @@ arguments, and whose processes get 1 s between SIGTERM and SIGKILL, so that the 
 """
 
 import secrets
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from contract.task import TASK
 from contract.waiting import wait
 from g4kit.cloud.base import Cloud, Execution, JobRequest
 from g4kit.cloud.local import LocalCloud
-
-TASK = (sys.executable, str(Path(__file__).with_name("task.py")))
 
 
 def local(folder: Path) -> Cloud:

@@ -74,5 +74,8 @@ VERBS: dict[str, Callable[[str], object]] = {
     "kill": lambda number: os.kill(os.getpid(), int(number)),
 }
 
+TASK = (sys.executable, __file__)
+"""The command that runs this file."""
+
 if __name__ == "__main__":
     main()

@@ -133,7 +133,8 @@ def describe(
     """
     created_at = datetime.datetime.fromisoformat(request["created_at"])
     if state is None:
-        waiting = supervised or (now - created_at).total_seconds() < START_GRACE_S
+        starting = (now - created_at).total_seconds() < START_GRACE_S and not cancel and not broken
+        waiting = supervised or starting
         current = ExecutionState.PENDING if waiting else _abandoned(cancel)
         lost = f"its supervisor broke: see {broken}" if broken else "its supervisor never started"
         message = "" if waiting else lost

@@ -27,7 +27,7 @@ def command(
     target: str | None,
     as_json: bool,
 ) -> None:
-    """Start a fine-tuning run from RECIPE, a TOML file.
+    """Start a fine-tuning run from a recipe, a TOML file.
 
     Prints the run id on stdout, and how to follow, cancel and fetch on stderr.
 

@@ -17,7 +17,7 @@ WATCH_INTERVAL_S = 2.0
 @target_option
 @json_option
 def command(run_id: str | None, watch: bool, target: str | None, as_json: bool) -> None:
-    """List runs, newest first, or show one of them.
+    """List runs, or show one of them. The newest is listed first.
 
     \b
     Examples:
