@@ -2,12 +2,13 @@
 
 locals {
   build_substitutions = {
-    _BUCKET = google_storage_bucket.this.name
-    _CACHE  = local.cache_name
-    _IMAGE  = local.image_name
-    _JOB    = google_cloud_run_v2_job.gpu[keys(local.jobs)[0]].name
-    _JOBS   = join(" ", values(local.job_names))
-    _REGION = var.region
+    _BUCKET  = google_storage_bucket.this.name
+    _BUILDER = google_service_account.builder.id
+    _CACHE   = local.cache_name
+    _IMAGE   = local.image_name
+    _JOB     = google_cloud_run_v2_job.gpu[keys(local.jobs)[0]].name
+    _JOBS    = join(" ", values(local.job_names))
+    _REGION  = var.region
   }
 }
 

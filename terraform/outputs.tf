@@ -5,7 +5,7 @@ output "deployment" {
     region     = var.region
     prefix     = var.prefix
     bucket     = google_storage_bucket.this.name
-    repository = google_artifact_registry_repository.images.id
+    repository = dirname(local.image_name)
     image      = local.image_name
     mount_path = local.mount_path
     jobs = { for name, job in local.jobs : name => merge(job, {
@@ -32,7 +32,6 @@ output "build_command" {
   description = "Builds, tests and deploys the image. Run it in the repository's top folder."
   value = join(" ", [
     "gcloud builds submit . --project=${var.project_id} --region=${var.region} --config=cloudbuild.yaml",
-    "--service-account=${google_service_account.builder.id}",
     "--gcs-source-staging-dir=gs://${google_storage_bucket.this.name}/builds/source",
     "--substitutions='${join(",", [for name, value in local.build_substitutions : "${name}=${value}"])},COMMIT_SHA='$(git rev-parse HEAD)",
   ])
