@@ -82,7 +82,10 @@ def launch(cloud: Cloud, plan: LaunchPlan) -> Execution:
     launches = read_launches(cloud.bucket, plan.run_id)
     if launches and launches[-1].execution:
         return cloud.jobs.get(launches[-1].execution)
-    return _start(cloud, plan.run_id, launches[-1] if launches else _write_intent(cloud, plan.run_id, 1))
+    intent = launches[-1] if launches else _write_intent(cloud, plan.run_id, 1)
+    if intent is None:  # another process launches the same run right now: both get its one execution
+        intent = read_launches(cloud.bucket, plan.run_id)[-1]
+    return _start(cloud, plan.run_id, intent)
 
 
 def resume(cloud: Cloud, run_id: str) -> Execution:
@@ -96,10 +99,10 @@ def resume(cloud: Cloud, run_id: str) -> Execution:
     if read_run(cloud, run_id).state == "succeeded":
         raise LaunchError(f"run {run_id}: has finished; write: g4kit fetch {run_id}")
     launches = read_launches(cloud.bucket, run_id)
-    if launches and launches[-1].execution is None:
-        intent = launches[-1]
-    else:
-        intent = _write_intent(cloud, run_id, len(launches) + 1)
+    begun = launches[-1] if launches and launches[-1].execution is None else None
+    intent = begun or _write_intent(cloud, run_id, len(launches) + 1)
+    if intent is None:
+        raise LaunchError(f"run {run_id}: another process has just resumed it; write: g4kit runs {run_id}")
     with contextlib.suppress(ObjectNotFoundError):  # there only if a retry could not help
         cloud.bucket.delete(f"{run_folder(run_id)}/failed.json")
     return _start(cloud, run_id, intent)
@@ -127,14 +130,12 @@ def _start(cloud: Cloud, run_id: str, intent: Launch) -> Execution:
     return execution
 
 
-def _write_intent(cloud: Cloud, run_id: str, number: int) -> Launch:
-    """Raises LaunchError where another process has written the same launch first."""
+def _write_intent(cloud: Cloud, run_id: str, number: int) -> Launch | None:
+    """None where another process has written the same launch first."""
     launch_id = secrets.token_hex(4)
     document = {"target": cloud.target, "launch_id": launch_id, "time": _time()}
     name = f"{run_folder(run_id)}/launches/{number:04}.json"
-    if not _create(cloud.bucket, name, document):
-        raise LaunchError(f"run {run_id}: another process has just started it; write: g4kit runs {run_id}")
-    return Launch(number, launch_id, None)
+    return Launch(number, launch_id, None) if _create(cloud.bucket, name, document) else None
 
 
 def _create(bucket: Bucket, name: str, document: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ class RunId(click.ParamType[str]):
 
     name = "run id"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from g4trainer.rundir import RunIdError, check_run_id
 
         try:
@@ -22,7 +22,7 @@ class RunId(click.ParamType[str]):
         except RunIdError as error:
             raise UserError(str(error)) from error
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The runs of the local bucket; asking a cloud at every key would be slow."""
         from g4kit.targets import open_local
 

@@ -44,7 +44,9 @@ def stage(bucket: Bucket, kind: str, source: str, name: str | None, *, trainer: 
     if source in BUILTIN:
         if BUILTIN[source] != kind:
             raise StageError(f"source: got {source}, which is no {kind}; write g4kit stage {BUILTIN[source]} {source}.")
-        return _stage_builtin(bucket, kind, source, _checked_name(name or source.partition(":")[2]), trainer, say)
+        return _stage_builtin(
+            bucket, kind, source, _checked_name(source.partition(":")[2] if name is None else name), trainer, say
+        )
     if source.startswith("builtin:"):
         known = " or ".join(builtin for builtin, its_kind in BUILTIN.items() if its_kind == kind)
         raise StageError(f"source: got {source}; write {known}, or a folder.")
@@ -90,7 +92,7 @@ def _stage_folder(bucket: Bucket, kind: str, source: Path, name: str | None, say
         raise StageError(f"source: got {source} ({what}); write a folder, or one of {', '.join(BUILTIN)}.")
     files = _files(source, say)
     _check_content(kind, source, files)
-    folder = f"{FOLDERS[kind]}/{_checked_name(name or source.resolve().name)}"
+    folder = f"{FOLDERS[kind]}/{_checked_name(source.resolve().name if name is None else name)}"
     origin, revision = str(source.resolve()), _fingerprint(source, files)
     listing = _read_marker(bucket, folder)
     if listing is None:

@@ -61,7 +61,7 @@ class LocalJobs:
         self._grace_s = grace_s
         self._folder = bucket.root / INTERNAL_FOLDER / "executions"
 
-    def problems(self, request: JobRequest) -> list[str]:  # noqa: ARG002
+    def problems(self, request: JobRequest) -> list[str]:
         return trainer_problems(self._command)
 
     def run(self, request: JobRequest) -> Execution:

@@ -23,7 +23,7 @@ def command(
     overrides: tuple[str, ...],
     wait: bool,
     dry_run: bool,
-    yes: bool,  # noqa: ARG001
+    yes: bool,
     target: str | None,
     as_json: bool,
 ) -> None:
