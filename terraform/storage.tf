@@ -1,4 +1,4 @@
-# The one bucket: base models, data, recipes and runs. DESIGN of its folders: README, "The bucket".
+# The one bucket: base models, data, recipes and runs.
 
 resource "google_storage_bucket" "this" {
   name                        = coalesce(var.bucket_name, "${var.project_id}-${var.prefix}")
@@ -32,7 +32,7 @@ resource "google_storage_bucket" "this" {
     condition {
       age            = var.checkpoint_retention_days
       matches_prefix = ["runs/"]
-      matches_suffix = ["/COMMITTED.json", "/optimizer.pt", "/scheduler.pt", "/rng_state.pth", "/trainer_state.json"]
+      matches_suffix = ["/COMMITTED.json", "/optimizer.safetensors", "/state.json", "/trainer_state.json"]
     }
   }
 

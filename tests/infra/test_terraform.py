@@ -137,6 +137,45 @@ def test_the_mount_belongs_to_the_images_user(terraform: Terraform) -> None:
         assert 0 <= int(age) <= 10, "other attempts' claims must be seen soon"
 
 
+def test_old_checkpoints_expire_and_results_stay(terraform: Terraform) -> None:
+    from g4trainer import checkpoint
+
+    (bucket,) = [found for found in planned_resources(terraform.plan()) if found["type"] == "google_storage_bucket"]
+    conditions = [rule["condition"][0] for rule in bucket["values"]["lifecycle_rule"]]
+    (expiring,) = [condition for condition in conditions if condition["matches_prefix"] == ["runs/"]]
+    only_to_resume = (
+        checkpoint.COMMITTED,
+        checkpoint.OPTIMIZER_FILE,
+        checkpoint.STATE_FILE,
+        checkpoint.TRAINER_STATE_FILE,
+    )
+    assert set(expiring["matches_suffix"]) == {f"/{name}" for name in only_to_resume}
+    kept = ("adapter/adapter_model.safetensors", "results.json", "report.html", "status.json", "plan.json")
+    assert not [name for name in kept if f"runs/x/{name}".endswith(tuple(expiring["matches_suffix"]))]
+    assert expiring["age"] == 30
+
+
+def test_the_examples_work(terraform: Terraform, tmp_path: Path) -> None:
+    mine = terraform.copy(tmp_path / "examples")
+    example = (MODULE / "terraform.tfvars.example").read_text()
+    switched_on = re.sub(r"^# (?=(  )?[a-z}\]])", "", example, flags=re.MULTILINE)
+    assert "\ngithub_repository" in switched_on
+    (mine.folder / "terraform.tfvars").write_text(switched_on)
+    assert "will be created" in mine.run("plan", "-input=false").stdout
+
+    (mine.folder / "backend.tf").write_text((MODULE / "backend.tf.example").read_text())
+    mine.run("init", "-backend=false", "-input=false")
+    assert json.loads(mine.run("validate", "-json").stdout)["valid"]
+
+
+def test_the_guides_name_variables_that_exist() -> None:
+    variables = set(re.findall(r'^variable "(\w+)"', (MODULE / "variables.tf").read_text(), re.MULTILINE))
+    guides = "".join((ROOT / "docs" / name).read_text() for name in ("deploy.md", "ci-cd.md"))
+    named = set(re.findall(r"`(\w+) = ", guides)) | set(re.findall(r"-var (\w+)=", guides))
+    assert len(named) >= 6
+    assert named <= variables
+
+
 def test_the_provider_is_the_release_that_has_what_we_use() -> None:
     versions = (MODULE / "versions.tf").read_text()
     assert '">= 7.5, < 8"' in versions
