@@ -1,0 +1,219 @@
+"""A Gemma 4 at its true shapes on one GPU, random NF4 weights: does it train, how fast, in how much memory.
+
+    python benchmarks/true_shapes.py --size 31B --batch 2 8
+    python benchmarks/true_shapes.py --size 31B --tiny        # on the CPU, the same code over a tiny model
+
+The weights are drawn and quantized one module at a time on the card, so that host memory holds none of them. LoRA is
+attached by the trainer's own code. Each batch takes a few optimizer steps with activation checkpointing; printed are
+the loss, whether the gradients are finite and the vision tower's non-zero, the peak of memory, and seconds a sample.
+Exits with 1 where a loss or gradient is not finite, or a vision adapter got no gradient.
+"""
+
+# ruff: noqa: E402 torchvision's operators must be declared before anything imports transformers or peft
+
+import argparse
+import json
+import time
+from typing import Any, cast, get_args
+
+from g4trainer import torchvision_operators
+
+torchvision_operators.declare()
+
+import accelerate
+import bitsandbytes
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoModelForMultimodalLM, Gemma4Config
+
+from g4trainer import gemma
+from g4trainer import recipe as recipes
+from g4trainer.model import attach_lora, compile_layers, compute_dtype
+
+BUDGET = 280  # soft tokens
+ROWS, COLUMNS = 14, 19  # of soft tokens: what an ordinary photo fills of that budget
+TEXT_TOKENS = 238  # beside the image's, so that a sample at 280 has 504
+SUPERVISED = 10
+LEARNING_RATE = 5e-5
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=get_args(gemma.Size), default="31B")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="samples a step, one measurement each")
+    parser.add_argument("--layers", type=int, help="text layers to keep; default all")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each batch; the first is not timed")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--checkpointing", choices=("full", "none"), default="full")
+    parser.add_argument("--compile", action="store_true", help="compile each layer, as a run on a GPU does")
+    parser.add_argument("--tiny", action="store_true", help="the structure of the size at a tiny width")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    begun = time.perf_counter()
+    config = tiny_config(options.size) if options.tiny else true_config(options.size, options.layers)
+    settings = recipes.Lora(r=options.rank, lora_alpha=options.rank)
+    model = attach_lora(build(config, device), settings, base_model=f"gemma-4-{options.size}-it")
+    if options.checkpointing == "full":
+        checkpoint_activations(model)
+    if options.compile:
+        compile_layers(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(
+        f"{options.size}{' (tiny)' if options.tiny else ''}: built in {time.perf_counter() - begun:.0f} s, "
+        f"{gibibytes(device):.1f} GiB, {trained:,} parameters to train, torch {torch.__version__}"
+    )
+    healthy = True
+    for size in options.batch:
+        result = measure(model, batch_of(size, config, device), options.steps, device)
+        print(json.dumps({"batch": size, **result}))
+        healthy &= result["finite"] and result["vision_without_gradient"] == 0
+    return 0 if healthy else 1
+
+
+def true_config(size: gemma.Size, layers: int | None) -> Any:
+    document = gemma.true_config(size)
+    text = document["text_config"]
+    if layers:
+        text |= {"num_hidden_layers": layers, "layer_types": text["layer_types"][:layers]}
+    return Gemma4Config(
+        text_config=text, vision_config=document["vision_config"], audio_config=None, tie_word_embeddings=True
+    )
+
+
+def tiny_config(size: gemma.Size) -> Any:
+    from g4trainer import tiny
+
+    return tiny.make_config(size, tiny.make_tokenizer())
+
+
+def build(config: Any, device: torch.device) -> Any:
+    """The base model with random weights, its linear layers but the head at NF4, each made on the device."""
+    dtype = compute_dtype(device)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = AutoModelForMultimodalLM.from_config(config, dtype=dtype)
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear) and child is not head:
+                setattr(module, name, quantized(child, device, dtype))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            real = torch.nn.Parameter(initial(name, parameter.shape, device, dtype), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, real)
+    for name, buffer in model.named_buffers():
+        if name.endswith("std_bias"):
+            buffer.zero_()
+        elif name.endswith("std_scale"):
+            buffer.fill_(1.0)
+    model.tie_weights()
+    model.to(device)
+    model.requires_grad_(False)
+    model.is_loaded_in_4bit = True  # what PEFT asks before it adapts 4-bit layers
+    return model
+
+
+def quantized(linear: torch.nn.Linear, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A 4-bit layer of that shape with random weights of unit gain."""
+    with torch.device("meta"):
+        made = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+        )
+    weight = torch.randn(linear.out_features, linear.in_features, device=device, dtype=dtype)
+    made.weight = bitsandbytes.nn.Params4bit(
+        weight.mul_(linear.in_features**-0.5), requires_grad=False, quant_type="nf4", module=made
+    ).to(device)
+    made.support_avx512bf16_for_cpu = False
+    return cast(torch.nn.Module, made)
+
+
+def initial(name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Ones for norms and scales, small random numbers for tables and experts."""
+    if len(shape) == 1:
+        return torch.ones(shape, device=device, dtype=dtype)
+    fan_in = shape[-1]
+    return torch.randn(shape, device=device, dtype=dtype).mul_(fan_in**-0.5)
+
+
+def checkpoint_activations(model: PeftModel) -> None:
+    """Checkpoints every layer, never reentrant, whatever this version of transformers calls it."""
+    base = model.get_base_model()
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def batch_of(size: int, config: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random samples of one photo and a question, the last tokens supervised."""
+    vision, text = config.vision_config, config.text_config
+    pooling = vision.pooling_kernel_size
+    rows, columns, patches, soft = ROWS * pooling, COLUMNS * pooling, BUDGET * pooling**2, ROWS * COLUMNS
+    positions = torch.full((patches, 2), -1)
+    positions[: rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
+    pixels = torch.rand(size, patches, 3 * vision.patch_size**2)
+    pixels[:, rows * columns :] = 0
+    ids = torch.randint(32, text.vocab_size // 2, (size, soft + TEXT_TOKENS))  # below the special tokens' ids
+    ids[:, 8 : 8 + soft] = config.image_token_id
+    tensors = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.image_token_id).long(),
+        "pixel_values": pixels,
+        "image_position_ids": positions.expand(size, -1, -1),
+    }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def measure(model: PeftModel, batch: dict[str, torch.Tensor], steps: int, device: torch.device) -> dict[str, Any]:
+    """A few optimizer steps on one batch; the first warms up and is not timed."""
+    model.train()
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(adapters.values(), lr=LEARNING_RATE, fused=device.type == "cuda")
+    width = batch["input_ids"].shape[1]
+    kept = torch.arange(width - SUPERVISED - 1, width - 1, device=device)
+    targets = batch["input_ids"][:, -SUPERVISED:]
+    losses, finite, seconds = [], True, []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(steps):
+        begun = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(**batch, logits_to_keep=kept, use_cache=False).logits.float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(adapters.values()), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        finite &= bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+        still = [n for n, p in adapters.items() if "vision_tower" in n and "lora_B" in n and not gradient(p)]
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - begun)
+    timed = seconds[1:] or seconds
+    return {
+        "losses": [round(loss, 4) for loss in losses],
+        "finite": finite,
+        "vision_without_gradient": len(still),
+        "vision_adapters": sum("vision_tower" in name and "lora_B" in name for name in adapters),
+        "peak_gib": round(gibibytes(device, peak=True), 2),
+        "seconds_a_sample": round(min(timed) / len(targets), 4),
+        "tokens_a_sample": width,
+    }
+
+
+def gradient(parameter: torch.nn.Parameter) -> bool:
+    """Whether a gradient came that is not all zero."""
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def gibibytes(device: torch.device, *, peak: bool = False) -> float:
+    """Memory that torch holds on the GPU; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    held: int = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    return held / 2**30
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
