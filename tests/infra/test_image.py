@@ -36,7 +36,7 @@ print(json.dumps({
     "root_is_read_only": refused(lambda: pathlib.Path("/opt/g4kit/probe").write_text("x")),
     "tmp_is_writable": not refused(lambda: pathlib.Path("/tmp/probe").write_text("x")),
     "no_network": refused(lambda: socket.create_connection(("192.0.2.1", 443), timeout=3)),
-    "compilers": [name for name in ("gcc", "g++", "make", "pip", "git") if shutil.which(name)],
+    "compilers": [name for name in ("gcc", "g++", "make", "git") if shutil.which(name)],
     "python_headers": any(pathlib.Path("/usr/local/include").glob("python3.11/Python.h")),
     "secrets": [name for name in os.environ if any(word in name for word in ("TOKEN", "KEY", "PASSWORD", "SECRET"))],
     "tests_in_image": pathlib.Path("/opt/g4kit/tests").exists(),
@@ -103,6 +103,9 @@ def test_a_mounted_run_directory_is_trained_to_its_results(run: Run, tmp_path: P
 
 def make_run(root: Path, run_id: str) -> None:
     """Stages the embedded model and data, and makes a run directory as a launch does."""
+    from g4trainer import torchvision_operators
+
+    torchvision_operators.declare()
     from g4trainer import tiny
     from g4trainer.launch import freeze
     from g4trainer.recipe import Recipe
