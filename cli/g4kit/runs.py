@@ -140,7 +140,7 @@ def combine(
         created_at=recipe.get("created_at", ""),
         execution=execution.name if execution else None,
         **{key: status.get(key) for key in STATUS_KEYS},
-        message=_message(state, execution, status, failed, at),
+        message=_message(run_id, state, execution, status, failed, at),
         reason=failed.get("reason") if failed else None,
         remedy=failed.get("remedy") if failed else None,
         exit_code=_exit_code(execution, failed, results),
@@ -182,7 +182,8 @@ def run_state(
         if said is None or _is_from_before(status, execution):
             return "loading"
         return said if said in ("loading", "running") else "interrupted"
-    return "interrupted" if execution.exit_code == INTERRUPTED or said == "interrupted" else "failed"
+    cut_short = execution.exit_code is None and said is not None  # its machine is gone
+    return "interrupted" if cut_short or execution.exit_code == INTERRUPTED else "failed"
 
 
 INTERRUPTED = 75
@@ -201,6 +202,7 @@ def _view(cloud: Cloud, run_id: str, executions: list[Execution]) -> RunView | N
 
 
 def _message(
+    run_id: str,
     state: str,
     execution: Execution | None,
     status: dict[str, Any],
@@ -210,7 +212,7 @@ def _message(
     if state == "succeeded":
         return ""
     if execution is None:
-        return "never started"
+        return f"never started; write: g4kit resume {run_id}"
     if not execution.active and execution.state is ExecutionState.SUCCEEDED:
         return "its process ended with exit code 0 and wrote no results.json"
     if state == "failed" and failed is not None:

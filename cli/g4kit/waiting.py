@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import deque
 from typing import NoReturn
 
 from g4kit.cloud.base import Cloud
@@ -11,6 +12,8 @@ from g4kit.progress import open_progress
 from g4kit.runs import RunView, read_run
 
 DETACHED = 130
+LAST_LINES = 12
+"""Of the log, shown where nothing else says why a run failed."""
 
 
 def commands_for(run_id: str) -> dict[str, str]:
@@ -37,6 +40,9 @@ def wait_and_exit(cloud: Cloud, run_id: str, as_json: bool) -> NoReturn:
     except KeyboardInterrupt:
         say(f"\ndetached; the run goes on. To come back: g4kit runs {run_id} --watch; to end it: g4kit cancel {run_id}")
         sys.exit(DETACHED)
+    if view.execution and view.state == "failed" and not view.reason:
+        for line in deque(cloud.logs.read(view.execution), maxlen=LAST_LINES):
+            say(f"  | {line.text}")
     say(next_step(view))
     _print_view(view, as_json)
     sys.exit(exit_code(view))

@@ -9,7 +9,7 @@ import pytest
 from cli.bench import Bench
 from contract.waiting import wait, wait_until
 from g4kit.launching import LaunchError, launch, plan_launch, read_launches, resume
-from g4trainer.recipe import load_frozen
+from g4trainer.recipe import FrozenRecipe, load_frozen
 
 Launch = Callable[..., str]
 SLEEPING = [{"steps": 2, "exit": 0, "sleep_s": 60}]
@@ -73,7 +73,8 @@ def test_wait_gives_up_without_progress(g4kit: Bench, code: int, state: str) -> 
     assert len(executions(g4kit, run_id)) == 1
     assert claims(g4kit, run_id) == 2
     assert f"g4kit resume {run_id}" in result.stderr
-    assert json.loads(g4kit("runs", run_id, "--json").stdout)["state"] in (state, "interrupted")
+    assert ("  | g4kit: attempt 1 ended with exit code 1\n" in result.stderr) is (state == "failed")
+    assert json.loads(g4kit("runs", run_id, "--json").stdout)["state"] == state
 
 
 def test_wait_starts_further_executions_while_there_is_progress(g4kit: Bench) -> None:
@@ -173,6 +174,24 @@ def test_of_resumes_at_once_one_starts_an_execution(g4kit: Bench, launched: Laun
     assert len(set(names)) == 1
     assert len(names) + len(refusals) == 5
     assert set(executions(g4kit, run_id)) - {names[0]} == {executions(g4kit, run_id)[0]}
+
+
+def test_resume_starts_a_run_that_never_was(g4kit: Bench) -> None:
+    """The command line was killed after it had written recipe.json."""
+    launched = g4kit("launch", g4kit.recipe, "--id", "mine-1", "--dry-run", "--json")
+    plan = plan_launch(g4kit.cloud, g4kit.recipe, (), "mine-1")
+    frozen = FrozenRecipe(
+        run_id="mine-1",
+        recipe=plan.recipe,
+        recipe_hash=json.loads(launched.stdout)["hash"],
+        created_at="2026-01-01T12:00:00+00:00",
+        g4kit_version="0.1.0",
+        target="local",
+    )
+    g4kit.cloud.bucket.write("runs/mine-1/recipe.json", frozen.model_dump_json().encode())
+    assert "pending · never started; write: g4kit resume mine-1" in g4kit("runs").stdout
+    assert g4kit("resume", "mine-1", "--wait").exit_code == 0
+    assert [started.number for started in read_launches(g4kit.cloud.bucket, "mine-1")] == [1]
 
 
 def test_resume_of_a_finished_run_says_so(g4kit: Bench, launched: Launch) -> None:

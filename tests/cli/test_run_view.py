@@ -59,7 +59,9 @@ RUNNING, PENDING = execution(ExecutionState.RUNNING), execution(ExecutionState.P
         (view(execution(ExecutionState.CANCELLED, 75), status("interrupted")), "cancelled", False),
         (view(execution(ExecutionState.CANCELLED, 75), status("succeeded"), results=RESULTS), "succeeded", False),
         (view(execution(ExecutionState.FAILED, 75), status("interrupted")), "interrupted", False),
-        (view(execution(ExecutionState.FAILED, None), status("interrupted")), "interrupted", False),
+        (view(execution(ExecutionState.FAILED, None), status("running")), "interrupted", False),
+        (view(execution(ExecutionState.FAILED, None)), "failed", False),
+        (view(execution(ExecutionState.FAILED, 1), status("interrupted")), "failed", False),
         (view(execution(ExecutionState.FAILED, 1), status("running")), "failed", False),
         (view(execution(ExecutionState.FAILED, 3), status("failed"), FAILED), "failed", False),
         (view(execution(ExecutionState.SUCCEEDED, 0), status("running")), "failed", False),
@@ -70,7 +72,7 @@ def test_states(found: RunView, state: str, live: bool) -> None:
 
 
 def test_messages() -> None:
-    assert view(None).message == "never started"
+    assert view(None).message == "never started; write: g4kit resume run"
     assert view(execution(ExecutionState.FAILED, 1, "ended with exit code 1")).message == "ended with exit code 1"
     assert "wrote no results.json" in view(execution(ExecutionState.SUCCEEDED, 0)).message
     assert view(RUNNING, status("running"), after_s=100).message == ""
