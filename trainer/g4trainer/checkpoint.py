@@ -1,49 +1,71 @@
 """Committed checkpoints: everything a run needs to go on as if it had never stopped.
 
-A checkpoint exists if and only if its COMMITTED.json is there and every file it lists has the size and SHA-256 it
-gives. COMMITTED.json is written last. Nothing here is ever unpickled: tensors are safetensors, the rest is JSON.
+A checkpoint exists if and only if its COMMITTED.json is there, is what was written, and every file it lists has the
+size and SHA-256 it gives. COMMITTED.json is written last. Each byte is written once, as one sequential stream a file,
+and read once: what was verified in memory is what is used. Nothing is ever unpickled: safetensors and JSON only.
 """
 
-import base64
+import contextlib
 import hashlib
+import json
 import logging
 import os
-import random
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
-from g4trainer.rundir import FILE_MODE, manifest_problems, read_json, to_json, write_json
+from g4trainer.exits import ExitCode, TrainerError
+from g4trainer.rundir import to_json, write_bytes
 
 COMMITTED = "COMMITTED.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 TRAINER_STATE_FILE = "trainer_state.json"  # the name under which transformers' Trainer looks for it
+FILES = frozenset({ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE})
 FOLDER = re.compile(r"step-(\d{8,})")
 KEPT = 2
 """Committed checkpoints that rotation leaves, besides the best one."""
+BLOCK_BYTES = 16 * 2**20
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+"""How safetensors names what adapters and optimizers hold."""
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that must not be used."""
+class CheckpointError(TrainerError):
+    """A checkpoint that must not be used, and that no retry replaces."""
+
+    code = ExitCode.BAD_INPUT
+    remedy = "launch the changed recipe as a new run."
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
-    """A committed checkpoint whose every file was verified."""
+    """A committed checkpoint, in memory, every byte verified."""
 
     folder: Path
     step: int
+    files: dict[str, bytes] = field(repr=False)
+
+    def document(self, name: str) -> Any:
+        """A JSON file of it."""
+        return json.loads(self.files[name])
+
+    def take_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors of a safetensors file of it, whose bytes are given up with that."""
+        try:
+            return dict(safetensors.torch.load(self.files.pop(name)))
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{self.folder / name}: is no safetensors file: {error}") from error
 
 
 def write_checkpoint(
@@ -54,64 +76,79 @@ def write_checkpoint(
     documents: dict[str, Any],
     recipe_hash: str,
     claim: str,
-) -> Checkpoint:
+) -> Path:
     """Writes `root/step-%08d` and commits it.
 
-    tensors: by file name, then by tensor name; on the CPU, contiguous.
+    tensors: by file name, then by tensor name; on the CPU, contiguous, and of nobody who changes them meanwhile.
     documents: JSON documents by file name.
     claim: name of the attempt's claim, so that a second writer is found out.
-    Each byte is written once, as one sequential stream a file. Raises OSError; then nothing is committed.
+    Raises OSError; then nothing is committed, and what was written is removed where the disk lets it.
     """
     folder = root / f"step-{step:08d}"
-    if folder.exists():  # of an attempt that was interrupted here, or of one that is resumed from before
+    if folder.exists():  # of an attempt that was killed here
         remove_checkpoint(folder)
-    folder.mkdir(parents=True)
-    files = {}
-    for name, content in tensors.items():
-        files[name] = _write_hashed(folder / name, safetensors.torch.save(content, metadata={"format": "pt"}))
-    for name, document in documents.items():
-        files[name] = _write_hashed(folder / name, to_json(document))
-    write_json(folder / COMMITTED, {"step": step, "recipe_hash": recipe_hash, "claim": claim, "files": files})
-    return Checkpoint(folder, step)
+    try:
+        folder.mkdir(parents=True)
+        files = {name: _write_hashed(folder / name, tensor_blocks(content)) for name, content in tensors.items()}
+        for name, document in documents.items():
+            files[name] = _write_hashed(folder / name, iter([memoryview(to_json(document))]))
+        committed = {"step": step, "recipe_hash": recipe_hash, "claim": claim, "files": files}
+        write_bytes(folder / COMMITTED, _seal(committed))
+    except OSError:
+        with contextlib.suppress(OSError):  # a disk that is full or lost: the first error says it
+            remove_checkpoint(folder)
+        raise
+    return folder
 
 
 def newest_checkpoint(root: Path, recipe_hash: str) -> Checkpoint | None:
-    """The newest committed checkpoint whose every file agrees; damaged ones are reported and passed over.
+    """The newest committed checkpoint whose every byte agrees; damaged ones are reported and passed over.
 
     Raises CheckpointError where a committed one belongs to another recipe: it must never be resumed.
     """
-    for folder in reversed(_folders(root)):
-        problems = checkpoint_problems(folder, recipe_hash)
-        if not problems:
-            return Checkpoint(folder, step_of(folder))
-        log.warning("checkpoint %s is passed over: %s", folder.name, "; ".join(problems))
+    for folder in reversed(checkpoint_folders(root)):
+        checkpoint = read_checkpoint(folder, recipe_hash)
+        if isinstance(checkpoint, Checkpoint):
+            return checkpoint
+        log.warning("checkpoint %s is passed over: %s", folder.name, "; ".join(checkpoint))
     return None
 
 
-def checkpoint_problems(folder: Path, recipe_hash: str) -> list[str]:
-    """Why a folder is no valid checkpoint; empty when it is. Reads every byte.
+def read_checkpoint(folder: Path, recipe_hash: str, *, only: frozenset[str] = FILES) -> Checkpoint | list[str]:
+    """A checkpoint, or the reasons why it is none.
 
+    only: the files that are read and verified; all must be there.
     Raises CheckpointError where everything agrees but the recipe hash.
     """
     try:
-        committed = read_json(folder / COMMITTED)
-        files, step, written_hash = committed["files"], committed["step"], committed["recipe_hash"]
-    except FileNotFoundError:
+        committed = _unseal((folder / COMMITTED).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return ["not committed"]
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{COMMITTED} is damaged ({error})"]
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        return [f"{COMMITTED} is damaged (its files are no table)"]
-    problems = [] if step == step_of(folder) else [f"{COMMITTED} is of step {step}"]
-    missing = {ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE} - files.keys()
-    problems += [f"{name}: not in the manifest" for name in sorted(missing)]
-    problems += manifest_problems(folder, files, leave_out=frozenset({COMMITTED}))
-    if not problems and written_hash != recipe_hash:
+    except (IsADirectoryError, ValueError) as error:
+        return [f"{COMMITTED}: damaged ({error})"]
+    problems = [] if committed["step"] == step_of(folder) else [f"{COMMITTED}: is of step {committed['step']}"]
+    entries = committed["files"]
+    there = {path.name for path in folder.iterdir()} - {COMMITTED}
+    problems += [f"{name}: not in the manifest" for name in sorted((there | FILES) - entries.keys())]
+    problems += [f"{name}: missing" for name in sorted(entries.keys() - there)]
+    if problems:
+        return problems
+    files = {}
+    for name in sorted(only):
+        entry = entries[name]
+        if not (folder / name).is_file():
+            return [f"{name}: is no file"]
+        files[name] = content = (folder / name).read_bytes()
+        if len(content) != entry["size"]:
+            return [f"{name}: {len(content)} bytes of {entry['size']}"]
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            return [f"{name}: its SHA-256 is not the manifest's"]
+    if committed["recipe_hash"] != recipe_hash:
         raise CheckpointError(
-            f"{folder}: was made with another recipe (hash {written_hash[:12]}, this run's is {recipe_hash[:12]}); "
-            f"it is not resumed. Launch the changed recipe as a new run."
+            f"{folder}: was made with another recipe (hash {committed['recipe_hash'][:12]}, this run's is "
+            f"{recipe_hash[:12]}); it is not resumed."
         )
-    return problems
+    return Checkpoint(folder, committed["step"], files)
 
 
 def rotate(root: Path, *, keep: Iterable[int]) -> None:
@@ -119,13 +156,13 @@ def rotate(root: Path, *, keep: Iterable[int]) -> None:
 
     A folder loses its COMMITTED.json first, so that one half removed is never taken for whole.
     """
-    folders = _folders(root)
+    folders = checkpoint_folders(root)
     committed = [folder for folder in folders if (folder / COMMITTED).exists()]
     if not committed:
         return
     kept = {*committed[-KEPT:]} | {folder for folder in committed if step_of(folder) in set(keep)}
     for folder in folders:
-        if folder not in kept and folder.name < committed[-1].name:
+        if folder not in kept and step_of(folder) < step_of(committed[-1]):
             remove_checkpoint(folder)
 
 
@@ -135,9 +172,11 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file that was verified before."""
-    return dict(safetensors.torch.load_file(path))
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first, committed or not."""
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.iterdir() if FOLDER.fullmatch(path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -148,80 +187,45 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
-    """An optimizer's state_dict as tensors named `<parameter index>.<name>` and a JSON document of the rest."""
-    tensors, scalars = {}, []
-    for index, entry in state["state"].items():
-        for name, value in entry.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().to("cpu").contiguous()
-            else:
-                scalars.append([index, name, value])
-    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
+def tensor_blocks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview]:
+    """A safetensors file (https://github.com/huggingface/safetensors#format) in blocks, without a copy of the data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        yield from (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
 
 
-def unpack_optimizer(tensors: dict[str, torch.Tensor], document: Any) -> dict[str, Any]:
-    """The state_dict that `pack_optimizer` took apart."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    for index, name, value in document["scalars"]:
-        state.setdefault(index, {})[name] = value
-    return {"state": state, "param_groups": document["param_groups"]}
-
-
-def pack_random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's CPU and every CUDA device's generator, as JSON."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": _encode(torch.random.get_rng_state()),
-        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-    }
-
-
-def unpack_random_states(document: dict[str, Any]) -> None:
-    """Sets every generator to what `pack_random_states` found. CUDA's are set where the number of devices agrees."""
-    version, internal, gauss = document["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = document["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.random.set_rng_state(_decode(document["torch"]))
-    if torch.cuda.is_available() and len(document["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_decode(state) for state in document["cuda"]])
-
-
-def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders by step, oldest first, committed or not."""
-    if not root.is_dir():
-        return []
-    return sorted((path for path in root.iterdir() if FOLDER.fullmatch(path.name)), key=step_of)
-
-
-def _write_hashed(path: Path, content: bytes) -> dict[str, Any]:
+def _write_hashed(path: Path, blocks: Iterator[memoryview]) -> dict[str, Any]:
     """Writes a file as one stream while hashing it; returns its manifest entry."""
-    digest = hashlib.sha256()
-    with path.open("xb") as file:
-        for block in _blocks(content):
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb", buffering=BLOCK_BYTES) as file:
+        for block in blocks:
             file.write(block)
             digest.update(block)
+            size += len(block)
         file.flush()
         os.fsync(file.fileno())
-    path.chmod(FILE_MODE)
-    return {"size": len(content), "sha256": digest.hexdigest()}
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _blocks(content: bytes, size: int = 16 * 2**20) -> Iterator[memoryview]:
-    view = memoryview(content)
-    return (view[start : start + size] for start in range(0, len(view), size))
+def _seal(document: dict[str, Any]) -> bytes:
+    """COMMITTED.json: the document with its own SHA-256, so that damage to the manifest is found too."""
+    return to_json({**document, "sha256": hashlib.sha256(to_json(document)).hexdigest()})
 
 
-def _encode(state: torch.Tensor) -> str:
-    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+def _unseal(content: bytes) -> dict[str, Any]:
+    """The document of a COMMITTED.json. Raises ValueError where one byte is not as `_seal` wrote it."""
+    document = json.loads(content)
+    if not isinstance(document, dict) or "sha256" not in document:
+        raise ValueError("no sealed document")
+    del document["sha256"]
+    if _seal(document) != content:
+        raise ValueError("its SHA-256 does not agree")
+    return document

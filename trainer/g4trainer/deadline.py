@@ -3,10 +3,11 @@
 Nothing relies on a grace period after the limit: the trainer knows the limit and stops itself in time to commit.
 """
 
+import math
 import os
 import signal
+import threading
 import time
-from types import FrameType
 
 from g4trainer.exits import ExitCode, Interrupted
 
@@ -15,6 +16,8 @@ SAFETY_S = 30.0
 """Kept free for what cannot be measured: the container's start, which counts too, and the end of the process."""
 SAFETY_SHARE = 0.1
 """The same for short limits: never more than this share of the limit."""
+CLOSING_S = 3.0
+"""After a signal, how long the end may wait to publish what changed last: Cloud Run kills 10 s after SIGTERM."""
 
 
 class Deadline:
@@ -26,9 +29,9 @@ class Deadline:
         started: `time.monotonic()` at the start of the process.
         """
         self._started = time.monotonic() if started is None else started
-        self._timeout_s = timeout_s
+        self._timeout_s = math.inf if timeout_s is None else timeout_s
         self._reserved: dict[str, float] = {}
-        self._signal: str | None = None
+        self._signal: signal.Signals | None = None
 
     @classmethod
     def from_environment(cls, started: float) -> "Deadline":
@@ -37,29 +40,53 @@ class Deadline:
         return cls(float(stated) if stated else None, started=started)
 
     def listen(self) -> None:
-        """From now on SIGTERM and a first SIGINT stop at the next step; a second SIGINT ends the process at once."""
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        """From now on SIGTERM and a first SIGINT stop at the next step; a second SIGINT ends the process at once.
+
+        A thread hears them, so that a second SIGINT works while the main thread is deep in a library. The processes
+        that load data get neither: a signal to the whole group must not take them away from a trainer that goes on
+        to its next step.
+        """
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
+        os.register_at_fork(
+            after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        )
 
     def reserve(self, what: str, seconds: float) -> None:
-        """Notes how long something takes that must still fit: a step, a checkpoint, a batch. The longest counts."""
-        self._reserved[what] = max(seconds, self._reserved.get(what, 0.0))
+        """Notes how long something takes that must still fit before the limit: a step, a checkpoint, a batch."""
+        self._reserved[what] = seconds
+
+    def release(self) -> None:
+        """Forgets what was reserved: another phase begins."""
+        self._reserved.clear()
 
     def elapsed_s(self) -> float:
         """Seconds since the start of the process."""
         return time.monotonic() - self._started
 
+    def left_s(self) -> float:
+        """Seconds until the limit; infinite without one."""
+        return self._timeout_s - self.elapsed_s()
+
     def remaining_s(self) -> float:
         """Seconds until stopping must begin; infinite without a limit."""
-        if self._timeout_s is None:
-            return float("inf")
         safety = min(SAFETY_S, SAFETY_SHARE * self._timeout_s)
-        return self._timeout_s - self.elapsed_s() - sum(self._reserved.values()) - safety
+        return self.left_s() - sum(self._reserved.values()) - safety
+
+    def closing_s(self) -> float:
+        """How long the end of the attempt may wait to publish what changed last."""
+        if self._signal:
+            return CLOSING_S
+        return max(0.0, self.left_s() / 2)
 
     def reason(self) -> str | None:
         """Why to stop now; None to go on."""
         if self._signal:
-            return f"{self._signal} was received"
+            return f"{self._signal.name} was received"
         if self.remaining_s() <= 0:
             return f"the attempt's limit of {self._timeout_s:g} s is near"
         return None
@@ -70,8 +97,10 @@ class Deadline:
         if reason:
             raise Interrupted(f"stopped: {reason}; the next attempt goes on from here.")
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if number == signal.SIGINT and self._signal == name:
-            os._exit(ExitCode.KILLED)
-        self._signal = name
+    def _hear(self, pipe: int) -> None:
+        while True:
+            for number in os.read(pipe, 1):
+                if number == signal.SIGINT and self._signal is signal.SIGINT:
+                    os._exit(ExitCode.KILLED)
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self._signal = signal.Signals(number)

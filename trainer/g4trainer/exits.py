@@ -63,10 +63,24 @@ class Interrupted(TrainerError):
     remedy = "nothing: the next attempt goes on from the last checkpoint."
 
 
-class RunTaken(TrainerError):
+class NotOurs(TrainerError):
+    """This attempt may not write the run directory."""
+
+
+class RunTaken(NotOurs):
     """Another attempt is writing this run directory."""
 
     remedy = "wait for it, or cancel it; then run this again."
+
+
+class RunEnded(NotOurs):
+    """Another attempt finished the run, or failed for good, while this one was starting."""
+
+    remedy = "nothing."
+
+    def __init__(self, run_id: str, code: ExitCode) -> None:
+        super().__init__(f"{run_id}: another attempt ended this run meanwhile.")
+        self.code = code
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ that change often are kept in memory and published whole, each at most once an i
 
 import datetime
 import json
+import math
 import os
 import threading
 import time
@@ -18,9 +19,12 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from g4trainer.exits import NotOurs
 from g4trainer.rundir import RunDir, to_json, write_bytes
 
 DEFAULT_INTERVAL_S = 15.0
+LOGGED = ("epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
+"""What of the Trainer's own log goes into the metrics."""
 
 
 def status_interval_s() -> float:
@@ -29,15 +33,26 @@ def status_interval_s() -> float:
 
 
 class Publisher:
-    """Writes files whole, each at most once an interval; the latest content wins. Use it as a context."""
+    """Writes files whole, each at most once an interval; the latest content wins. Use it as a context.
 
-    def __init__(self, interval_s: float) -> None:
+    A file that an earlier attempt left counts as written when this one began, so that a quick retry keeps the pace.
+    """
+
+    def __init__(self, interval_s: float, *, closing_s: Callable[[], float] = lambda: math.inf) -> None:
+        """
+        closing_s: seconds that the end may wait for files whose interval is not over; later ones stay as they are.
+        """
         self.interval_s = interval_s
+        self._closing_s = closing_s
+        self._opened = False
         self._pending: dict[Path, Callable[[], bytes]] = {}
-        self._written: dict[Path, float] = {}
+        self._due: dict[Path, float] = {}
+        self._started = time.monotonic()
         self._condition = threading.Condition()
-        self._closing = False
+        self._writing: Path | None = None
+        self._closed_at: float | None = None
         self._failure: OSError | None = None
+        self._failure_raised = False
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
     def __enter__(self) -> Self:
@@ -47,53 +62,78 @@ class Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Writes what is pending, each file no sooner than an interval after its last write."""
+        """Writes what is pending, each file no sooner than an interval after its last write, as far as time allows."""
         with self._condition:
-            self._closing = True
-            self._condition.notify()
+            if isinstance(error, NotOurs):
+                self._pending.clear()
+            self._closed_at = time.monotonic() + self._closing_s()
+            self._condition.notify_all()
         self._thread.join()
-        if error is None:
+        if error is None and not self._failure_raised:
             self._raise_failure()
+
+    def open(self) -> None:
+        """From now on files are written: the run directory is this attempt's."""
+        with self._condition:
+            self._opened = True
+            self._condition.notify_all()
 
     def publish(self, path: Path, content: Callable[[], bytes]) -> None:
         """Has `content()` written to `path` soon. Raises the OSError that an earlier write met."""
         self._raise_failure()
         with self._condition:
+            if path not in self._due:
+                self._due[path] = self._started + self.interval_s if path.exists() else self._started
             self._pending[path] = content
-            self._condition.notify()
+            self._condition.notify_all()
 
     def remove(self, path: Path) -> None:
         """Deletes a published file, and forgets what was still to be written to it."""
         with self._condition:
             self._pending.pop(path, None)
+            self._condition.wait_for(lambda: self._writing != path)
         path.unlink(missing_ok=True)
+
+    def settle(self, *paths: Path) -> None:
+        """Returns when what was published to these files is written. Raises the OSError that a write met."""
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._failure or not any(path in self._pending or path == self._writing for path in paths)
+            )
+        self._raise_failure()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
+            self._failure_raised = True
             raise self._failure
 
     def _run(self) -> None:
-        while True:
+        while self._failure is None:
             with self._condition:
-                while not self._pending and not self._closing:
-                    self._condition.wait()
-                if not self._pending:
+                path = self._writing = self._next_due()
+                if path is None:
                     return
-                path = min(self._pending, key=self._due)
-                wait_s = self._due(path) - time.monotonic()
-                if wait_s > 0:
-                    self._condition.wait(wait_s)
-                    continue
                 content = self._pending.pop(path)
-            self._written[path] = time.monotonic()
             try:
                 write_bytes(path, content())
             except OSError as error:
                 self._failure = error
-                return
+            with self._condition:
+                self._due[path] = time.monotonic() + self.interval_s
+                self._writing = None
+                self._condition.notify_all()
 
-    def _due(self, path: Path) -> float:
-        return self._written.get(path, -self.interval_s) + self.interval_s
+    def _next_due(self) -> Path | None:
+        """Waits, with the condition held, for a file whose time has come; None at the end."""
+        while True:
+            current = time.monotonic()
+            path = min(self._pending, key=self._due.__getitem__, default=None) if self._opened else None
+            wait_s = None if path is None else self._due[path] - current
+            if wait_s is not None and wait_s <= 0:
+                return path
+            if self._closed_at is not None and (wait_s is None or current + wait_s > self._closed_at):
+                return None
+            self._condition.wait(wait_s)
 
 
 class Status:
@@ -144,17 +184,20 @@ class Status:
 
     def _beat(self) -> None:
         while not self._stopped.wait(self._publisher.interval_s):
-            self._publisher.publish(self._path, self._render)
+            try:
+                self._publisher.publish(self._path, self._render)
+            except OSError:  # the main thread meets it too, at its next update
+                return
 
 
 class MetricsLog:
     """metrics/NNNN.jsonl and TensorBoard's event file: one segment an attempt, each published whole."""
 
     def __init__(self, run: RunDir, publisher: Publisher, *, attempt: int) -> None:
-        self._publisher = publisher
+        self._run, self._publisher = run, publisher
         self._segment = run.metrics / f"{attempt:04d}.jsonl"
         self._events = run.tensorboard / f"{attempt:04d}" / f"events.out.tfevents.{int(time.time())}.g4trainer"
-        self._lines: list[bytes] = []
+        self._lines: list[tuple[int, bytes]] = []
         self._event_bytes = _GrowingFile()
         self._records = RecordWriter(self._event_bytes)
         self._record(file_version="brain.Event:2")
@@ -163,13 +206,31 @@ class MetricsLog:
         """One line: its kind (`train` or `eval`), the optimizer step, and numbers by name (None is left out)."""
         numbers = {name: value for name, value in values.items() if value is not None}
         line = {"kind": kind, "step": step, **numbers, "time": now()}
-        self._lines.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._lines.append((step, json.dumps(line, allow_nan=False).encode() + b"\n"))
         summary = Summary(
             value=[Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in numbers.items()]
         )
         self._record(step=step, summary=summary)
-        self._publisher.publish(self._segment, lambda: b"".join(self._lines))
+        self._publisher.publish(self._segment, self._content)
         self._publisher.publish(self._events, self._event_bytes.content)
+
+    def resume(self, step: int, history: list[dict[str, float]]) -> None:
+        """Goes on after a step: drops lines of this attempt beyond it, adds those that no segment has.
+
+        history: what the Trainer logged up to that step, from the checkpoint. An attempt that is killed loses the
+        lines of its last interval, while its checkpoint knows them.
+        """
+        self._lines = [(at, line) for at, line in self._lines if at <= step]
+        own = [json.loads(line) for _, line in self._lines]
+        known = {(line["kind"], line["step"]) for line in (*read_metrics(self._run), *own)}
+        for entry in history:
+            kind = "eval" if "eval_loss" in entry else "train" if "loss" in entry else None
+            if kind and (kind, entry["step"]) not in known:
+                numbers = {name: value for name, value in entry.items() if name in LOGGED}
+                self.add(kind, int(entry["step"]), **numbers)
+
+    def _content(self) -> bytes:
+        return b"".join(line for _, line in self._lines)
 
     def _record(self, **fields: Any) -> None:
         self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
@@ -189,14 +250,13 @@ class _GrowingFile:
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """All lines of all segments in order. Steps that one attempt lost and the next one repeated count once."""
-    lines: list[dict[str, Any]] = []
+    """All lines of all segments by step. What one attempt lost and a later one repeated counts once, as the later."""
+    lines: dict[tuple[int, bool], dict[str, Any]] = {}
     for segment in sorted(run.metrics.glob("*.jsonl")):
-        fresh = [json.loads(line) for line in segment.read_bytes().splitlines()]
-        if fresh:
-            first = min(line["step"] for line in fresh)
-            lines = [line for line in lines if line["step"] < first] + fresh
-    return lines
+        for text in segment.read_bytes().splitlines():
+            line = json.loads(text)
+            lines[line["step"], line["kind"] == "eval"] = line
+    return [lines[key] for key in sorted(lines)]
 
 
 def now() -> str:

@@ -1,7 +1,7 @@
 """How the work is cut for the machine: pure functions without torch, for the trainer and the command line alike."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 from g4trainer.recipe import Recipe
@@ -41,15 +41,22 @@ class Plan:
     def from_json(cls, document: dict[str, Any]) -> Self:
         return cls(**document)
 
-    def halved(self) -> Self | None:
-        """The plan with half the micro-batch and the same effective batch; None where nothing is left to halve."""
-        if self.per_device_train_batch_size % 2:
-            return None
-        changes = {
-            "per_device_train_batch_size": self.per_device_train_batch_size // 2,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps * 2,
-        }
-        return type(self)(**{**self.to_json(), **changes})
+    def smaller(self) -> Self | None:
+        """The plan that needs less memory for the same effective batch; None where nothing is left to shrink.
+
+        Half the micro-batch (a third of 3, and so on), down to 1; then every layer's activations computed again.
+        """
+        micro = self.per_device_train_batch_size
+        if micro > 1:
+            factor = next(divisor for divisor in range(2, micro + 1) if micro % divisor == 0)
+            return replace(
+                self,
+                per_device_train_batch_size=micro // factor,
+                gradient_accumulation_steps=self.gradient_accumulation_steps * factor,
+            )
+        if self.activation_checkpointing != "full":
+            return replace(self, activation_checkpointing="full")
+        return None
 
 
 def choose_plan(

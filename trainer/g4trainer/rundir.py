@@ -208,7 +208,7 @@ def _temporary(path: Path, data: bytes) -> Iterator[Path]:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(FILE_MODE)
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full or lost disk: what was raised above says more
+            temporary.unlink(missing_ok=True)

@@ -8,8 +8,8 @@ import dataclasses
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,28 +22,31 @@ from g4trainer.checkpoint import (
     OPTIMIZER_FILE,
     STATE_FILE,
     TRAINER_STATE_FILE,
-    CheckpointError,
-    checkpoint_problems,
-    pack_optimizer,
-    pack_random_states,
-    read_tensors,
-    rotate,
-    unpack_optimizer,
-    unpack_random_states,
-    write_checkpoint,
+    Checkpoint,
+    checkpoint_folders,
+    read_checkpoint,
+    remove_checkpoint,
+    step_of,
 )
+from g4trainer.checkpoint_writer import CheckpointWriter
 from g4trainer.claims import Claim
 from g4trainer.collator import IGNORED, Collator
 from g4trainer.dataset import Example
 from g4trainer.deadline import Deadline
-from g4trainer.exits import NonFiniteLoss
+from g4trainer.exits import Interrupted, NonFiniteLoss, TrainerError
 from g4trainer.metrics import MetricsLog, Status
 from g4trainer.model import adapter_tensors, load_adapter_weights
 from g4trainer.planner import Plan
-from g4trainer.rundir import RunDir, read_json
+from g4trainer.rundir import RunDir
+from g4trainer.state import pack_optimizer, pack_random_states, unpack_optimizer, unpack_random_states
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
-"""With save_steps = "auto": the work that an interruption loses at most, besides a step."""
+"""With save_steps = "auto": the work that an interruption loses at most, besides a step and a checkpoint's write."""
+RECENT_STEPS = 20
+"""The longest of so many steps is what the next one may take; the first of all, which compiles, is soon forgotten."""
+NO_PROGRESS = "this attempt finished no step: give attempts more time with job.timeout_s."
+ADAM_BYTES = 12
+"""Of a checkpoint, a trainable parameter: itself and AdamW's two moments, in fp32."""
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,12 @@ class Progress:
     peak_memory_bytes: int = 0
     checkpoints: int = 0
     checkpoint_seconds: float = 0.0
+    """Time that training stood still for checkpoints."""
+    unlogged_loss: float = 0.0
+    """Sum of the losses since the last line of the log."""
+    logged_step: int = 0
+    validation_owed: bool = False
+    """The attempt was stopped while it measured the validation loss of this step: the next one begins with that."""
 
 
 class RunTrainer(Trainer):
@@ -98,9 +107,29 @@ class RunTrainer(Trainer):
         self.plan, self.run, self.recipe_hash, self.load_best = plan, run, recipe_hash, load_best
         self.claim, self.deadline, self.status, self.metrics = claim, deadline, status, metrics
         self.progress = Progress()
+        self.writer = CheckpointWriter(run.checkpoints, recipe_hash, claim.name)
         self.stopped: str | None = None
+        self._resumed: Checkpoint | None = None
         self._samples_of_step = 0
+        self._recent_steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._mark = self._last_checkpoint = time.monotonic()
+
+    def train_from(self, checkpoint: Checkpoint | None) -> None:
+        """Trains from a checkpoint, or from the start, until the end or until it is time to stop.
+
+        Returns with everything committed. Raises Interrupted where it was stopped before the end.
+        """
+        self._resumed = checkpoint
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        finally:
+            self.writer.wait()
+        step, total = self.state.global_step, self.plan.total_steps
+        if step < total or self.progress.validation_owed:
+            raise Interrupted(
+                f"stopped at step {step} of {total}: {self.stopped}; the next attempt resumes.",
+                None if step > (checkpoint.step if checkpoint else 0) else NO_PROGRESS,
+            )
 
     # Loss
 
@@ -134,11 +163,12 @@ class RunTrainer(Trainer):
         if norm is None:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-        if not math.isfinite(float(norm)):
-            raise NonFiniteLoss(
-                f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}, "
-                f"the learning rate {self._get_learning_rate():.3g}."
-            )
+        for what, value in (("gradient's norm", float(norm)), ("loss", float(self._tr_loss))):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"the {what} is {value} at step {self.state.global_step + 1}, "
+                    f"the learning rate {self._get_learning_rate():.3g}."
+                )
         return norm
 
     # Validation
@@ -147,87 +177,117 @@ class RunTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Validation loss a supervised token, exact whatever the batch size. Notes a new best one to be committed."""
-        started = time.monotonic()
+        """Validation loss a supervised token, exact whatever the batch size. Notes a new best one to be committed.
+
+        Stops at once when it is time to: the checkpoint of this step then says that its validation is owed.
+        """
         self.model.eval()
         loss, tokens = 0.0, 0
-        for batch in self.get_eval_dataloader(eval_dataset):
-            inputs = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                summed, _ = self._summed_loss(self.model, inputs)
-            loss += float(summed)
-            tokens += int((inputs["kept_labels"] != IGNORED).sum())
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed: owed or not, training goes on the same
+            for batch in self.get_eval_dataloader(eval_dataset):
+                self.stopped = self.deadline.reason()
+                if self.stopped:
+                    self._owe_validation()
+                    return {}
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    summed, _ = self._summed_loss(self.model, inputs)
+                loss += float(summed)
+                tokens += int((inputs["kept_labels"] != IGNORED).sum())
         metrics = {"eval_loss": loss / tokens}
-        self.deadline.reserve("validation", time.monotonic() - started)
+        step = self.state.global_step
+        if not math.isfinite(metrics["eval_loss"]):
+            raise NonFiniteLoss(f"the validation loss is {metrics['eval_loss']} at step {step}.")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        self.progress.validation_owed = False
         best = self.progress.best_loss
         if self.load_best and (best is None or metrics["eval_loss"] < best):
-            self.progress.best_step, self.progress.best_loss = self.state.global_step, metrics["eval_loss"]
+            self.progress.best_step, self.progress.best_loss = step, metrics["eval_loss"]
             self.control.should_save = True
         return metrics
 
+    def _owe_validation(self) -> None:
+        self.progress.validation_owed = True
+        self.control.should_evaluate = False
+        self.control.should_save = self.control.should_training_stop = True
+
     def restore_best(self) -> None:
-        """Puts the adapter of the lowest validation loss into the model. Raises CheckpointError where it is damaged."""
+        """Puts the adapter of the lowest validation loss into the model.
+
+        Where that checkpoint is damaged, those that lead past it are of no use: they are removed, and TrainerError
+        says that the next attempt trains again from before.
+        """
         best = self.progress.best_step
         if not self.load_best or best is None or best == self.state.global_step:
             return
         folder = self.run.checkpoints / f"step-{best:08d}"
-        problems = checkpoint_problems(folder, self.recipe_hash)
-        if problems:
-            raise CheckpointError(f"{folder}: the best checkpoint is damaged: {'; '.join(problems)}")
-        load_adapter_weights(self.model, read_tensors(folder / ADAPTER_FILE))
+        checkpoint = read_checkpoint(folder, self.recipe_hash, only=frozenset({ADAPTER_FILE}))
+        if not isinstance(checkpoint, Checkpoint):
+            for later in reversed(checkpoint_folders(self.run.checkpoints)):
+                if step_of(later) >= best:
+                    remove_checkpoint(later)
+            raise TrainerError(
+                f"{folder}: the best checkpoint is damaged ({'; '.join(checkpoint)}).",
+                "nothing: the next attempt trains again from an earlier one.",
+            )
+        load_adapter_weights(self.model, checkpoint.take_tensors(ADAPTER_FILE))
         log.info("the adapter is that of step %d, with the lowest validation loss", best)
 
     # Checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.claim.check()
-        started = time.monotonic()
-        self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, _peak_memory())
+        step, progress = self.state.global_step, self.progress
+        if self.stopped and self.deadline.left_s() < self.writer.expected_s():
+            log.warning(
+                "no checkpoint of step %d: it takes about %.0f s, and %.0f s are left",
+                *(step, self.writer.expected_s(), self.deadline.left_s()),
+            )
+            return
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, _peak_memory())
+        progress.unlogged_loss, progress.logged_step = float(self._tr_loss), self._globalstep_last_logged
+        progress.checkpoints += 1
         optimizer_tensors, optimizer_document = pack_optimizer(self.optimizer.state_dict())
-        write_checkpoint(
-            self.run.checkpoints,
-            self.state.global_step,
+        waited = self.writer.seconds
+        self.writer.submit(
+            step,
             tensors={ADAPTER_FILE: adapter_tensors(self.model), OPTIMIZER_FILE: optimizer_tensors},
             documents={
                 STATE_FILE: {
                     "optimizer": optimizer_document,
                     "scheduler": self.lr_scheduler.state_dict(),
                     "random": pack_random_states(),
-                    "progress": dataclasses.asdict(self.progress),
+                    "progress": dataclasses.asdict(progress),
                 },
                 TRAINER_STATE_FILE: dataclasses.asdict(self.state),
             },
-            recipe_hash=self.recipe_hash,
-            claim=self.claim.name,
+            keep=() if progress.best_step is None else (progress.best_step,),
         )
-        best = self.progress.best_step
-        rotate(self.run.checkpoints, keep=() if best is None else (best,))
-        took = time.monotonic() - started
-        self.deadline.reserve("checkpoint", took)
-        self.progress.checkpoints += 1
-        self.progress.checkpoint_seconds += took
+        progress.checkpoint_seconds += self.writer.seconds - waited
         self._last_checkpoint = time.monotonic()
-        log.info("checkpoint of step %d committed in %.1f s", self.state.global_step, took)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        load_adapter_weights(self.model, read_tensors(folder / ADAPTER_FILE))
-        self.progress = Progress(**read_json(folder / STATE_FILE)["progress"])
+        load_adapter_weights(self.model, self._checkpoint().take_tensors(ADAPTER_FILE))
+        self.progress = Progress(**self._checkpoint().document(STATE_FILE)["progress"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = read_json(Path(checkpoint) / STATE_FILE)
+        state = self._checkpoint().document(STATE_FILE)
         self.optimizer.load_state_dict(
-            unpack_optimizer(read_tensors(Path(checkpoint) / OPTIMIZER_FILE), state["optimizer"])
+            unpack_optimizer(self._checkpoint().take_tensors(OPTIMIZER_FILE), state["optimizer"])
         )
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            unpack_random_states(read_json(Path(checkpoint) / STATE_FILE)["random"])
+            unpack_random_states(self._checkpoint().document(STATE_FILE)["random"])
+
+    def _checkpoint(self) -> Checkpoint:
+        if self._resumed is None:
+            raise ValueError("train_from was given no checkpoint")
+        return self._resumed
 
     # Progress
 
@@ -252,20 +312,35 @@ class RunTrainer(Trainer):
         }
 
     def training_begins(self) -> None:
-        """Starts the clocks, which loading must not count in."""
+        """Starts the clocks, which loading must not count in; finishes what the last attempt began at this step."""
         self._mark = self._last_checkpoint = time.monotonic()
+        self.writer.expect(ADAM_BYTES * sum(p.numel() for p in self.model.parameters() if p.requires_grad))
+        self.metrics.resume(self.state.global_step, self.state.log_history)
+        if self._resumed is None:
+            return
+        self._tr_loss += self.progress.unlogged_loss
+        self._globalstep_last_logged = self.progress.logged_step
+        if self.progress.validation_owed:
+            self.evaluate()
+            if self.progress.validation_owed:
+                raise Interrupted(
+                    f"stopped while validating step {self.state.global_step}: {self.stopped}.", NO_PROGRESS
+                )
 
     def step_finished(self) -> None:
         """Counts a step, and asks for validation, a checkpoint or the end where it is time."""
         took = time.monotonic() - self._mark
         step, total = self.state.global_step, self.plan.total_steps
-        self.deadline.reserve("step", took)
+        self._recent_steps.append(took)
+        self.deadline.reserve("step", max(self._recent_steps))
+        self.deadline.reserve("checkpoint", self.writer.expected_s())
         self.progress.seconds += took
         self.progress.samples += self._samples_of_step
         self._samples_of_step = 0
         self.stopped = self.deadline.reason()
         every = self.plan.save_steps
-        due = step % every == 0 if every else time.monotonic() - self._last_checkpoint >= SECONDS_BETWEEN_CHECKPOINTS
+        unsaved_s = time.monotonic() - self._last_checkpoint
+        due = step % every == 0 if every else unsaved_s + took >= SECONDS_BETWEEN_CHECKPOINTS
         self.control.should_save |= due or step == total or self.stopped is not None
         self.control.should_training_stop |= self.stopped is not None and step < total
         self.control.should_evaluate |= step == total and self.eval_dataset is not None
