@@ -9,8 +9,15 @@ import pytest
 
 from cli.bench import RECIPE, STANDIN, Bench
 from contract.waiting import wait
+from g4kit import following
 from g4kit.cloud.local import LocalCloud
 from g4kit.staging import stage
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the stand-in trainer take a tenth of a second."""
+    monkeypatch.setattr(following, "INTERVAL_S", 0.1)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 
 from cli.bench import RECIPE, Bench
+from contract.waiting import wait_until
 
 UNKNOWN = "tiny-20260101-120000-0a1b"
 
@@ -180,7 +181,8 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", folder], check=True)  # noqa: S607
+        # A supervisor may live for a moment longer than its run.
+        wait_until(lambda: subprocess.run(["umount", folder], check=False).returncode, lambda code: code == 0)  # noqa: S607
 
 
 @pytest.fixture

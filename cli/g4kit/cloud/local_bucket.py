@@ -5,6 +5,7 @@ import datetime
 import errno
 import fcntl
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,7 +221,7 @@ def _grow_generation(path: Path, before: int) -> None:
 def _partial(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to and rename from; removed at the end if it is still there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{rundir.TEMPORARY_SUFFIX}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{rundir.TEMPORARY_SUFFIX}")
     try:
         yield partial
     finally:

@@ -94,8 +94,10 @@ class Supervisor:
             if stopped:
                 break
         failed = [task["index"] for task in self.state["tasks"] if task["state"] == ExecutionState.FAILED]
-        if stopped:
-            outcome, message = (ExecutionState.CANCELLED if stopped == CANCELLED else ExecutionState.FAILED), stopped
+        if stopped == CANCELLED:
+            outcome, message = ExecutionState.CANCELLED, ""
+        elif stopped:
+            outcome, message = ExecutionState.FAILED, stopped
         elif failed:
             outcome, message = ExecutionState.FAILED, self._failure(failed)
         else:
