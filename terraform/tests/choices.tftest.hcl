@@ -26,6 +26,7 @@ run "image_of_a_build_is_left_alone" {
 }
 
 run "several_jobs" {
+  command = plan
   variables {
     region = "europe-west4"
     jobs = {
@@ -59,6 +60,7 @@ run "several_jobs" {
 }
 
 run "least_l4" {
+  command = plan
   variables {
     region = "us-east4"
     jobs   = { train = { accelerator = "nvidia-l4" } }
@@ -80,6 +82,7 @@ run "long_timeout_warns" {
 }
 
 run "own_names" {
+  command = plan
   variables {
     prefix      = "vision"
     bucket_name = "my-bucket"
@@ -96,6 +99,7 @@ run "own_names" {
 }
 
 run "existing_subnetwork" {
+  command = plan
   variables {
     subnetwork = "projects/host-project/regions/us-central1/subnetworks/shared"
     egress     = "PRIVATE_RANGES_ONLY"
@@ -111,6 +115,7 @@ run "existing_subnetwork" {
 }
 
 run "secret_before_its_value" {
+  command = plan
   variables {
     hub_token_secret = true
   }
@@ -121,6 +126,7 @@ run "secret_before_its_value" {
 }
 
 run "secret_with_its_value" {
+  command = plan
   variables {
     hub_token_secret  = true
     hub_token_version = "1"
@@ -136,6 +142,7 @@ run "secret_with_its_value" {
 }
 
 run "own_key" {
+  command = plan
   variables {
     kms_key          = "projects/my-project-123/locations/us-central1/keyRings/g4kit/cryptoKeys/g4kit"
     hub_token_secret = true
@@ -190,6 +197,7 @@ run "budget_and_mail" {
 }
 
 run "no_alert" {
+  command = plan
   variables {
     alert_on_failure = false
   }
@@ -200,6 +208,7 @@ run "no_alert" {
 }
 
 run "unprotected" {
+  command = plan
   variables {
     deletion_protection  = false
     bucket_force_destroy = true
