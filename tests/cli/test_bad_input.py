@@ -24,12 +24,14 @@ def refused(result: Result, message: str, code: int = 2) -> None:
     assert result.stdout == ""
 
 
+IMPOSSIBLE_IDS = ["../../x", "..", "/etc/passwd", "a/b", "UPPER", "", "a", "x" * 64, "a b", "a\0b"]
+
+
 @pytest.mark.parametrize("verb", ["runs", "logs", "cancel", "resume", "fetch"])
-@pytest.mark.parametrize("run_id", ["../../x", "..", "/etc/passwd", "a/b", "UPPER", "", "a", "x" * 64, "a b", "a\0b"])
-def test_ids_that_no_run_can_have(g4kit: Bench, verb: str, run_id: str) -> None:
-    before = g4kit.files()
-    refused(g4kit(verb, "--", run_id), "run id: got ")
-    assert g4kit.files() == before
+def test_ids_that_no_run_can_have(bare: Bench, verb: str) -> None:
+    for run_id in IMPOSSIBLE_IDS:
+        refused(bare(verb, "--", run_id), "run id: got ")
+    assert bare.files() == []
 
 
 def test_launch_checks_its_id_too(g4kit: Bench) -> None:
@@ -38,8 +40,8 @@ def test_launch_checks_its_id_too(g4kit: Bench) -> None:
 
 
 @pytest.mark.parametrize("verb", ["runs", "logs", "cancel", "resume", "fetch"])
-def test_an_unknown_run(g4kit: Bench, verb: str) -> None:
-    refused(g4kit(verb, UNKNOWN), f"error: run {UNKNOWN}: not in {g4kit.root}; `g4kit runs` lists those that are.")
+def test_an_unknown_run(bare: Bench, verb: str) -> None:
+    refused(bare(verb, UNKNOWN), f"error: run {UNKNOWN}: not in {bare.root}; `g4kit runs` lists those that are.")
 
 
 def test_an_id_that_is_nearly_right(g4kit: Bench, launched: Callable[..., str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from cli.bench import Bench
 from contract.waiting import wait, wait_until
 
-SLOW = [{"steps": 3, "exit": 0, "sleep_s": 2}]
+SLOW = [{"steps": 3, "exit": 0, "sleep_s": 1.5}]
 
 
 def start(bench: Bench, *arguments: str | Path, plan: list[dict[str, Any]], **options: Any) -> subprocess.Popen[str]:
