@@ -1,27 +1,36 @@
 """A staged data set becomes three lists of examples that never mix: train, validation, test.
 
 Three formats: parquet (`train*.parquet`, `test*.parquet`), folders of images (`train/<label>/*.jpg`), and chat JSONL
-(`train.jsonl`: `{"messages": [...], "images": ["a.jpg"]}`). Images stay encoded until a batch needs them.
+(`train.jsonl`: `{"messages": [...], "images": ["a.jpg"]}`, paths beside the file). Each split is read once, in order,
+as a stream: nothing is converted or copied to disk, which in a container is memory too. Images stay encoded until a
+batch needs them.
 """
 
 import hashlib
 import io
 import random
-import tempfile
+import struct
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import PIL
+import pyarrow.lib
 from PIL import Image, ImageOps
 
 from g4trainer.recipe import Data
 
 TEST_SEED_OFFSET = 1  # the subset of the test split is drawn apart from that of the training split
+READERS = 16  # image files read at once: over a mounted bucket the time goes into waiting
+UNREADABLE = (OSError, ValueError, StopIteration, pyarrow.lib.ArrowException, datasets.exceptions.DatasetsError)
+"""What `datasets` raises for a file that is empty, cut off or of another format."""
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+"""What Pillow's readers raise for a damaged file, and its conversions for a mode without one to RGB."""
 
 
 class DataError(ValueError):
@@ -56,36 +65,36 @@ class Splits:
     """Images of the test part that are also, byte for byte, in the training or validation part."""
 
 
+@dataclass(frozen=True)
+class _Row:
+    """An example whose image files may not have been read yet."""
+
+    id: str
+    images: tuple[bytes | Path, ...]
+    prompt: str
+    answer: str
+
+
 def load_splits(folder: Path, data: Data, *, seed: int) -> Splits:
     """Reads a staged data set and splits validation off its training part, by seed.
 
+    Samples that show the same image, byte for byte, stay on one side of that split.
     Raises DataError: missing split or column, empty split, fewer than two classes, labels out of range or unnamed.
     """
-    staged = _read(folder, data)
-    for split in ("train", "test"):
-        if split not in staged:
-            raise DataError(
-                f"{folder}: no {split} split; got {', '.join(staged) or 'no data files'}. Stage a data set with "
-                f"train.parquet and test.parquet, folders train/ and test/, or train.jsonl and test.jsonl."
-            )
-        if len(staged[split]) == 0:
-            raise DataError(f"{folder}: the {split} split is empty; stage at least one sample of it.")
     if data.task == "chat":
         labels: tuple[str, ...] = ()
-        pool, test = (_chat_examples(folder, staged[split], split, data) for split in ("train", "test"))
+        pool_rows, test_rows = (_chat_rows(folder, split, data) for split in ("train", "test"))
     else:
-        labels = _label_names(staged, data)
-        prompt = data.prompt.replace("{labels}", ", ".join(labels))
-        pool, test = (_label_examples(staged[split], split, data, labels, prompt) for split in ("train", "test"))
-    pool = _subset(pool, data.train_size, seed)
+        labels, pool_rows, test_rows = _labelled_rows(folder, data)
+    pool = _read_images(_subset(pool_rows, data.train_size, seed))
+    test = _read_images(_subset(test_rows, data.test_size, seed + TEST_SEED_OFFSET))
     train, validation = _split_off(pool, data.validation_size, seed)
-    test = _subset(test, data.test_size, seed + TEST_SEED_OFFSET)
     if labels and len({example.answer for example in train}) < 2:
         raise DataError(
             f"data.train_size: the {len(train)} training samples are all {train[0].answer!r}; write a larger number."
         )
-    seen = {image for example in (*train, *validation) for image in map(_digest, example.images)}
-    shared = sum(digest in seen for example in test for digest in map(_digest, example.images))
+    seen = {digest for example in (*train, *validation) for digest in _digests(example)}
+    shared = sum(digest in seen for example in test for digest in _digests(example))
     return Splits(train, validation, test, labels, shared)
 
 
@@ -98,15 +107,18 @@ def open_image(data: bytes, example_id: str) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-        image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        return _as_rgb(ImageOps.exif_transpose(image))
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         raise DataError(
             f"{example_id}: the image cannot be read ({error}); replace the file or leave the sample out."
         ) from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         spread = (values.max() - values.min()) or 1.0
         image = Image.fromarray(((values - values.min()) / spread * 255).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -115,189 +127,252 @@ def open_image(data: bytes, example_id: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(folder: Path, data: Data) -> dict[str, datasets.Dataset]:
-    """The splits of a staged folder as they are, images still encoded."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    splits: dict[str, datasets.Dataset] = {}
-    # The converted copy lives as long as the process: the memory map stays open after the folder is gone.
-    with tempfile.TemporaryDirectory(prefix="g4trainer-") as cache:
-        for split in ("train", "test"):
-            parquet = [str(p) for n, p in files.items() if n.endswith(".parquet") and Path(n).name.startswith(split)]
-            jsonl = [str(p) for n, p in files.items() if n in (f"{split}.jsonl", f"data/{split}.jsonl")]
-            images = folder / split
-            options: dict[str, Any] = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
-            try:
-                if parquet:
-                    splits[split] = datasets.load_dataset("parquet", data_files=parquet, **options)
-                elif jsonl and data.task == "chat":
-                    splits[split] = datasets.load_dataset("json", data_files=jsonl, **options)
-                elif images.is_dir():
-                    splits[split] = datasets.load_dataset("imagefolder", data_dir=str(images), **options)
-            except datasets.exceptions.DatasetGenerationError as error:
-                raise DataError(f"{folder}: the {split} split cannot be read: {error.__cause__ or error}.") from error
-    return splits
+def _open_split(folder: Path, split: str, data: Data) -> tuple[datasets.IterableDataset, Path]:
+    """A split as a stream, and the folder that its paths start from. Raises DataError where it is missing."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    parquet = [p for p in files if p.suffix == ".parquet" and p.name.startswith(split)]
+    jsonl = [p for p in files if p.name == f"{split}.jsonl" and p.parent in (folder, folder / "data")]
+    images = folder / split
+    try:
+        if parquet:
+            names = [str(path) for path in parquet]
+            return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True), folder
+        if jsonl and data.task == "chat":
+            names = [str(path) for path in jsonl]
+            return datasets.load_dataset("json", data_files=names, split="train", streaming=True), jsonl[0].parent
+        if images.is_dir():
+            return datasets.load_dataset("imagefolder", data_dir=str(images), split="train", streaming=True), folder
+    except datasets.exceptions.EmptyDatasetError:
+        raise DataError(f"{folder}: the {split} split is empty; stage at least one sample of it.") from None
+    except UNREADABLE as error:
+        raise _unreadable(folder, split, error) from error
+    wanted = (
+        f"{split}.jsonl or {split}.parquet" if data.task == "chat" else f"{split}.parquet, or a folder {split}/<label>/"
+    )
+    found = ", ".join(path.relative_to(folder).as_posix() for path in files[:5]) or "nothing"
+    raise DataError(
+        f'{folder}: no {split} split for data.task = "{data.task}"; got {found}. Stage a data set with {wanted}.'
+    )
 
 
-def _column(table: datasets.Dataset, name: str, option: str) -> None:
-    if name not in table.column_names:
-        raise DataError(f"data.{option}: got {name!r}; write one of the columns {', '.join(table.column_names)}.")
+def _stream(table: datasets.IterableDataset, folder: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with their ids. Raises DataError where the files cannot be read, or hold no row."""
+    rows, number = iter(table), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except UNREADABLE as error:
+            raise _unreadable(folder, split, error) from error
+        if row is None:
+            break
+        yield f"{split}/{number}", row
+        number += 1
+    if number == 0:
+        raise DataError(f"{folder}: the {split} split is empty; stage at least one sample of it.")
 
 
-def _label_names(staged: dict[str, datasets.Dataset], data: Data) -> tuple[str, ...]:
-    """Names by class index: the ClassLabel's, or the sorted strings of the training split."""
-    for table in staged.values():
+def _unreadable(folder: Path, split: str, error: Exception) -> DataError:
+    reason = str(error.__cause__ or error).splitlines() or ["a file is empty"]
+    return DataError(f"{folder}: the {split} split cannot be read: {reason[0]}; stage it again.")
+
+
+def _labelled_rows(folder: Path, data: Data) -> tuple[tuple[str, ...], list[_Row], list[_Row]]:
+    """The label names and the rows of the training and test splits."""
+    tables = {split: _open_split(folder, split, data)[0] for split in ("train", "test")}
+    for split, table in tables.items():
         _column(table, data.label_column, "label_column")
-        _column(table, data.image_column, "image_column")
-    feature = staged["train"].features[data.label_column]
+        tables[split] = _undecoded(table, data.image_column)
+    labelled = {
+        split: [
+            (example_id, _label_of(row[data.label_column], table.features[data.label_column], example_id, data), row)
+            for example_id, row in _stream(table, folder, split)
+        ]
+        for split, table in tables.items()
+    }
+    labels = _label_names(tables["train"].features[data.label_column], [name for _, name, _ in labelled["train"]], data)
+    prompt, known = data.prompt.replace("{labels}", ", ".join(labels)), set(labels)
+    rows: dict[str, list[_Row]] = {"train": [], "test": []}
+    for split, triples in labelled.items():
+        for example_id, name, row in triples:
+            if name not in known:
+                raise DataError(f"{example_id}: the label {name!r} is not among those of the training split.")
+            images = _image_files(row[data.image_column], example_id, None)
+            rows[split].append(_Row(example_id, images, prompt, name))
+    return labels, rows["train"], rows["test"]
+
+
+def _label_of(value: Any, feature: Any, example_id: str, data: Data) -> str:
+    """A label's name without surrounding space, whether it is stored by its index or as text."""
     if isinstance(feature, datasets.ClassLabel):
-        names = tuple(feature.names)
-    elif isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        column = staged["train"][data.label_column]
-        empty = [row for row, value in enumerate(column) if not (value or "").strip()]
-        if empty:
-            raise DataError(f"train/{empty[0]}: the label is empty; write its name, or leave the sample out.")
-        names = tuple(sorted(set(column)))
-    else:
-        raise DataError(
-            f"data.label_column: {data.label_column!r} holds {feature}; write a column of ClassLabel or strings."
-        )
+        if not (isinstance(value, int) and 0 <= value < len(feature.names)):
+            raise DataError(f"{example_id}: the label is {value}; it must be from 0 to {len(feature.names) - 1}.")
+        return str(feature.names[value]).strip()
+    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+        if not (value or "").strip():
+            raise DataError(f"{example_id}: the label is empty; write its name, or leave the sample out.")
+        return str(value).strip()
+    raise DataError(
+        f"data.label_column: {data.label_column!r} holds {feature}; write a column of ClassLabel or strings."
+    )
+
+
+def _label_names(feature: Any, used: Sequence[str], data: Data) -> tuple[str, ...]:
+    """Names by class index: the ClassLabel's, or the sorted strings of the training split."""
+    by_index = isinstance(feature, datasets.ClassLabel)
+    names = tuple(name.strip() for name in feature.names) if by_index else tuple(sorted(set(used)))
+    where = f"data.label_column: {data.label_column!r}"
+    if not all(names):
+        raise DataError(f"{where} has a class without a name; name it.")
     if len(names) < 2:
-        raise DataError(
-            f"data.label_column: {data.label_column!r} has the one class {', '.join(names)}; two are needed."
-        )
+        raise DataError(f"{where} has the one class {', '.join(names)}; two are needed.")
     repeated = [name for name, count in Counter(name.casefold() for name in names).items() if count > 1]
     if repeated:
-        raise DataError(f"data.label_column: the class name {repeated[0]!r} is there twice; make the names distinct.")
+        raise DataError(f"{where}: the class name {repeated[0]!r} is there twice; make the names distinct.")
     return names
 
 
-def _label_examples(
-    table: datasets.Dataset, split: str, data: Data, labels: tuple[str, ...], prompt: str
-) -> list[Example]:
-    feature = table.features[data.label_column]
-    by_index = isinstance(feature, datasets.ClassLabel)
-    if by_index and tuple(feature.names) != labels:
-        raise DataError(
-            f"data.label_column: the class names of train and {split} differ; stage them with the same ones."
-        )
-    known = set(labels)
-    examples = []
-    for row, (value, image) in enumerate(zip(table[data.label_column], _encoded(table, data), strict=True)):
-        if by_index and not (isinstance(value, int) and 0 <= value < len(labels)):
-            raise DataError(f"{split}/{row}: the label is {value}; it must be from 0 to {len(labels) - 1}.")
-        answer = labels[value] if by_index else value
-        if answer not in known:
-            raise DataError(f"{split}/{row}: the label {answer!r} is not among those of the training split.")
-        examples.append(Example(f"{split}/{row}", _image_bytes(image, f"{split}/{row}", None), prompt, answer))
-    return examples
-
-
-def _chat_examples(folder: Path, table: datasets.Dataset, split: str, data: Data) -> list[Example]:
-    """One user turn with images and one answer a row; `images` are paths beside it, or encoded in a parquet."""
+def _chat_rows(folder: Path, split: str, data: Data) -> list[_Row]:
+    """One user turn with images and one answer a row; `images` are paths beside the file, or encoded in a parquet."""
+    table, base = _open_split(folder, split, data)
     _column(table, "messages", "task")
-    encoded = _encoded(table, data) if data.image_column in table.column_names else None
-    examples = []
-    for row in range(len(table)):
-        example_id = f"{split}/{row}"
-        record = table[row]
-        images = encoded[row] if encoded is not None else record.get("images")
-        prompt, answer, placeholders = _one_exchange(record["messages"], example_id)
-        files = _image_bytes(images, example_id, folder)
+    column = data.image_column if data.image_column in table.column_names else "images"
+    _column(table, column, "image_column")
+    if not _holds_paths(table.features[column]):
+        table = _undecoded(table, column)
+    rows = []
+    for example_id, row in _stream(table, folder, split):
+        prompt, answer, placeholders = _one_exchange(row["messages"], example_id)
+        files = _image_files(row[column], example_id, base)
         if placeholders not in (0, len(files)):
             raise DataError(
                 f"{example_id}: the user turn shows {placeholders} images, the row has {len(files)}; make them agree."
             )
-        examples.append(Example(example_id, files, prompt, answer))
-    return examples
+        rows.append(_Row(example_id, files, prompt, answer))
+    return rows
 
 
 def _one_exchange(messages: Any, example_id: str) -> tuple[str, str, int]:
     """The user's text, the answer, and the number of image parts. Raises DataError on any other form."""
-    roles = [message.get("role") for message in messages or ()]
+    listed = messages if isinstance(messages, list) else []
+    roles = [message.get("role") for message in listed]
     if roles not in (["user", "assistant"], ["user", "model"]):
         raise DataError(f'{example_id}: got the turns {roles}; write one "user" turn and one "assistant" turn.')
-    parts = messages[0]["content"]
-    if isinstance(parts, str):
-        return parts, _text_of(messages[1], example_id), 0
-    kinds = [part.get("type") for part in parts]
-    if kinds != sorted(kinds, key=lambda kind: kind != "image"):
+    user, model = listed
+    if isinstance(user["content"], str):
+        return _text_of(user, example_id), _text_of(model, example_id), 0
+    kinds = [part.get("type") for part in user["content"] or ()]
+    strange = sorted({str(kind) for kind in kinds} - {"image", "text"})
+    if strange:
+        raise DataError(f'{example_id}: got a part of type {strange[0]!r}; write parts of type "image" or "text".')
+    if kinds != sorted(kinds):  # "image" before "text"
         raise DataError(f"{example_id}: text comes before an image; write the images first.")
-    return _text_of(messages[0], example_id), _text_of(messages[1], example_id), kinds.count("image")
+    return _text_of(user, example_id), _text_of(model, example_id), kinds.count("image")
 
 
-def _text_of(message: Any, example_id: str) -> str:
+def _text_of(message: dict[str, Any], example_id: str) -> str:
     content = message["content"]
-    text = content if isinstance(content, str) else "\n".join(p["text"] for p in content if p.get("type") == "text")
-    if not text.strip():
+    parts = [content] if isinstance(content, str) else [p.get("text") for p in content or () if p.get("type") == "text"]
+    text = "\n".join(part for part in parts if part).strip()
+    if not text:
         raise DataError(f"{example_id}: the {message['role']} turn has no text; write one.")
     return text
 
 
-def _encoded(table: datasets.Dataset, data: Data) -> Any:
-    """The image column without decoding it."""
-    feature = table.features[data.image_column]
+def _column(table: datasets.IterableDataset, name: str, option: str) -> None:
+    if name not in table.column_names:
+        raise DataError(f"data.{option}: got {name!r}; write one of the columns {', '.join(table.column_names)}.")
+
+
+def _holds_paths(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)
+    return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
+
+
+def _undecoded(table: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
+    """The same with a column of images that are not decoded. Raises DataError where it holds no images."""
+    _column(table, column, "image_column")
+    feature = table.features[column]
     inner = getattr(feature, "feature", feature)
     if not isinstance(inner, datasets.Image):
-        raise DataError(f"data.image_column: {data.image_column!r} holds {feature}; write a column of images.")
+        raise DataError(f"data.image_column: {column!r} holds {feature}; write a column of images.")
     raw: Any = datasets.Image(decode=False)
-    if inner is not feature:
-        raw = datasets.List(raw)
-    return table.cast_column(data.image_column, raw)[data.image_column]
+    return table.cast_column(column, raw if inner is feature else datasets.List(raw))
 
 
-def _image_bytes(images: Any, example_id: str, folder: Path | None) -> tuple[bytes, ...]:
-    """Encoded files of one row: `{"bytes", "path"}` structures, or paths below the staged folder."""
-    listed = images if isinstance(images, list) else [images] if images is not None else []
-    if not listed:
-        raise DataError(f"{example_id}: there is no image; add one, or leave the sample out.")
-    files = []
+def _image_files(images: Any, example_id: str, base: Path | None) -> tuple[bytes | Path, ...]:
+    """Encoded files of one row, or where they lie: `{"bytes", "path"}` structures, or paths below `base`."""
+    listed = images if isinstance(images, list) else [images]
+    files: list[bytes | Path] = []
     for image in listed:
-        path = image if isinstance(image, str) else image.get("path")
-        content = None if isinstance(image, str) else image.get("bytes")
-        if content is None:
-            content = _read_file(path, example_id, folder)
-        files.append(content)
+        record = image if isinstance(image, dict) else {"bytes": None, "path": image}
+        if record["bytes"] is not None:
+            files.append(record["bytes"])
+        elif record["path"]:
+            files.append(_below(base, record["path"], example_id) if base else Path(record["path"]))
+        else:
+            raise DataError(f"{example_id}: there is no image; add one, or leave the sample out.")
+    if not files:
+        raise DataError(f"{example_id}: there is no image; add one, or leave the sample out.")
     return tuple(files)
 
 
-def _read_file(path: str | None, example_id: str, folder: Path | None) -> bytes:
-    if not path:
-        raise DataError(f"{example_id}: there is no image; add one, or leave the sample out.")
-    full = Path(path)
-    if folder is not None:
-        full = (folder / path).resolve()
-        if not full.is_relative_to(folder.resolve()):
-            raise DataError(f"{example_id}: the image path {path!r} leads out of the data set; write one inside it.")
-    try:
-        return full.read_bytes()
-    except OSError as error:
-        raise DataError(f"{example_id}: the image {path!r} cannot be read: {error.strerror}.") from error
+def _below(base: Path, path: str, example_id: str) -> Path:
+    root = base.resolve()
+    full = (root / path).resolve()
+    if not full.is_relative_to(root):
+        raise DataError(f"{example_id}: the image path {path!r} leads out of the data set; write one inside it.")
+    return full
 
 
-def _subset(examples: list[Example], size: int | str, seed: int) -> list[Example]:
+def _read_images(rows: Sequence[_Row]) -> list[Example]:
+    """Reads the files of the rows that are needed, several at a time. Raises DataError where one cannot be read."""
+
+    def read(row: _Row) -> Example:
+        try:
+            files = tuple(file if isinstance(file, bytes) else file.read_bytes() for file in row.images)
+        except OSError as error:
+            raise DataError(f"{row.id}: the image {error.filename!r} cannot be read: {error.strerror}.") from error
+        return Example(row.id, files, row.prompt, row.answer)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, rows))
+
+
+def _subset(rows: list[_Row], size: int | str, seed: int) -> list[_Row]:
     """The first `size` of a shuffle by seed, in their original order, so that a larger subset holds the smaller one."""
-    if size == "all" or int(size) >= len(examples):
-        return examples
-    order = list(range(len(examples)))
+    if size == "all" or int(size) >= len(rows):
+        return rows
+    order = list(range(len(rows)))
     random.Random(seed).shuffle(order)  # noqa: S311 no secret
-    return [examples[index] for index in sorted(order[: int(size)])]
+    return [rows[index] for index in sorted(order[: int(size)])]
 
 
 def _split_off(pool: list[Example], size: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Train and validation. A fraction is rounded, and takes at least one sample."""
+    """Train and validation. A fraction is rounded, and takes at least one sample.
+
+    Samples of the same images move together, so that validation never measures what was trained on; where they do,
+    validation may take a few more than were asked for.
+    """
     if size == 0:
         return pool, []
-    count = size if isinstance(size, int) else max(1, round(size * len(pool)))
-    if count >= len(pool):
+    wanted = size if isinstance(size, int) else max(1, round(size * len(pool)))
+    groups: dict[tuple[bytes, ...], list[int]] = {}
+    for index, example in enumerate(pool):
+        groups.setdefault(_digests(example), []).append(index)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)  # noqa: S311 no secret
+    held_out: set[int] = set()
+    for group in order:
+        if len(held_out) >= wanted:
+            break
+        held_out.update(group)
+    if len(held_out) >= len(pool):
         raise DataError(
             f"data.validation_size: got {size}, which leaves none of the {len(pool)} training samples; write less."
         )
-    order = list(range(len(pool)))
-    random.Random(seed).shuffle(order)  # noqa: S311 no secret
-    held_out = set(order[:count])
     train = [example for index, example in enumerate(pool) if index not in held_out]
     return train, [pool[index] for index in sorted(held_out)]
 
 
-def _digest(image: bytes) -> bytes:
-    return hashlib.sha256(image).digest()
+def _digests(example: Example) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(image).digest() for image in example.images)

@@ -145,11 +145,11 @@ def _text_linears(text: Mapping[str, Any]) -> Iterator[Linear]:
     width, prefix = text["hidden_size"], "model.language_model"
     for index, kind in enumerate(_layer_types(text)):
         layer = f"{prefix}.layers.{index}"
-        head = text["head_dim"] if kind == "sliding_attention" else text["global_head_dim"]
+        head, key_value_heads = _attention_shape(text, index, kind)
         queries = text["num_attention_heads"] * head
         attention = [("q_proj", width, queries)]
         if not _shares_keys(text, index):
-            keys = _key_value_heads(text, kind) * head
+            keys = key_value_heads * head
             attention.append(("k_proj", width, keys))
             if not (text["attention_k_eq_v"] and kind == "full_attention"):
                 attention.append(("v_proj", width, keys))
@@ -207,10 +207,21 @@ def _shares_keys(text: Mapping[str, Any], index: int) -> bool:
     return bool(index >= text["num_hidden_layers"] - text["num_kv_shared_layers"])
 
 
-def _key_value_heads(text: Mapping[str, Any], kind: str) -> int:
-    if kind == "full_attention" and text["attention_k_eq_v"] and text["num_global_key_value_heads"]:
-        return int(text["num_global_key_value_heads"])
-    return int(text["num_key_value_heads"])
+def _attention_shape(text: Mapping[str, Any], index: int, kind: str) -> tuple[int, int]:
+    """Size of a head, and the number of key-value heads, of one layer.
+
+    A published config.json states them for full attention as `global_*`; one that transformers 5.23 saved lists the
+    layers that differ.
+    """
+    heads = {"head_dim": text["head_dim"], "num_key_value_heads": text["num_key_value_heads"]}
+    by_layer = text["per_layer_config"]
+    if by_layer is not None:
+        heads |= by_layer.get(str(index), {})
+    elif kind == "full_attention":
+        heads["head_dim"] = text["global_head_dim"]
+        if text["attention_k_eq_v"] and text["num_global_key_value_heads"]:
+            heads["num_key_value_heads"] = text["num_global_key_value_heads"]
+    return int(heads["head_dim"]), int(heads["num_key_value_heads"])
 
 
 def _expert_parameters(text: Mapping[str, Any]) -> int:
@@ -225,7 +236,7 @@ def _text_scales(text: Mapping[str, Any]) -> int:
     width, extra = text["hidden_size"], text["hidden_size_per_layer_input"]
     total = width + extra  # the last norm, and that of the per-layer projection
     for index, kind in enumerate(_layer_types(text)):
-        head = text["head_dim"] if kind == "sliding_attention" else text["global_head_dim"]
+        head, _ = _attention_shape(text, index, kind)
         total += 4 * width + head + (0 if _shares_keys(text, index) else head)
         total += width if extra else 0
         if text["enable_moe_block"]:
@@ -341,6 +352,7 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "head_dim": 256,
     "global_head_dim": 512,
     "layer_types": None,
+    "per_layer_config": None,
     "num_global_key_value_heads": None,
     "num_kv_shared_layers": 0,
     "use_double_wide_mlp": False,

@@ -1,10 +1,13 @@
 """The base model at NF4 with LoRA on it, and the proof that LoRA is where it should be."""
 
+import re
 import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import bitsandbytes
+import safetensors
 import torch
 from peft import (
     LoraConfig,
@@ -21,14 +24,20 @@ from g4trainer import recipe as recipes
 from g4trainer.exits import ModelError
 from g4trainer.rundir import read_json
 
-UNQUANTIZED = ("lm_head",)
-"""Linear modules that stay in bf16: the head is tied to the embedding, and a 4-bit copy of it would be a broken layer.
+UNQUANTIZED = ("lm_head", "router.proj")
+"""Linear modules that stay in bf16, as suffixes of their names.
+
+The head is tied to the embedding, and a 4-bit copy of it would be a broken layer. The routers of 26B-A4B choose experts
+by rank: a small error in a score sends a token to another expert, and all routers together take 22 MB.
 
 Embeddings, norms, the vision tower's position table and the 3-D expert weights are no linear modules: bitsandbytes
 leaves them in bf16. Every other linear layer, vision tower and projection included, is held at NF4.
 """
 ALL_LINEAR = "all-linear"
+TEXT_ONLY = r".*\.language_model\..*(_proj|_projection|_gate|router\.proj)"
+"""`lora.target_modules` for every linear layer of the language model and none of the vision tower."""
 ADAPTER = "default"
+STAGE_AGAIN = "stage the model again, and launch again."
 
 
 def load_processor(folder: Path) -> Any:
@@ -43,29 +52,35 @@ def load_processor(folder: Path) -> Any:
 def load_base(folder: Path, settings: recipes.Model, *, device: torch.device) -> Any:
     """The frozen base model: linear layers at NF4 with double quantization, computing in bf16 (fp32 on the CPU).
 
-    The audio tower is left out: no task here hears. Raises ModelError where the folder is no complete Gemma 4.
+    The audio tower is left out: no task here hears. Raises ModelError where the folder is no complete Gemma 4, for a
+    tensor that is missing, or of another shape, would otherwise be made up at random.
     """
     check_architecture(folder)
     dtype = compute_dtype(device)
     # With a mask at head_dim 256 its backward pass has given NaN on compute capability 9.0.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    config = AutoConfig.from_pretrained(folder)
-    config.audio_config = None
     try:
+        config = AutoConfig.from_pretrained(folder)
+        config.audio_config = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*were not used when initializing.*")
-            model = AutoModelForMultimodalLM.from_pretrained(
+            model, report = AutoModelForMultimodalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=settings.attn_implementation,
                 quantization_config=_quantization(settings.quantization, dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        raise ModelError(f"{folder}: the weights cannot be loaded: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ModelError(f"{folder}: the weights cannot be loaded: {error}", remedy=STAGE_AGAIN) from error
+    problems = _loading_problems(report)
+    if problems:
+        raise ModelError(f"{folder}: the weights are not those of its config.json: {problems}", remedy=STAGE_AGAIN)
     model.requires_grad_(False)
     model.config.use_cache = False
     if device.type == "cpu":
@@ -79,22 +94,46 @@ def attach_lora(model: Any, settings: recipes.Lora, *, base_model: str) -> PeftM
     base_model: the name that adapter_config.json gives, never a path of this machine.
     Raises ModelError where the targets cannot be adapted, or are not all.
     """
-    expected = expected_targets(model) if settings.target_modules == ALL_LINEAR else None
-    try:
+    expected = targets(model, settings.target_modules)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*`base_model_name_or_path` was renamed.*")
         adapted = get_peft_model(model, LoraConfig(**recipes.lora_config(settings, base_model=base_model)))
-    except ValueError as error:
-        raise ModelError(
-            f"lora.target_modules: PEFT cannot adapt {settings.target_modules!r}: {error}",
-            remedy=(
-                'write "all-linear", or a regular expression that stays off the vision tower\'s clipped linears, '
-                'for example ".*language_model.*\\\\.(q_proj|v_proj)", and launch again.'
-            ),
-        ) from error
     adapted.peft_config[ADAPTER].base_model_name_or_path = base_model
     problems = adapter_problems(adapted, expected)
     if problems:
         raise ModelError("LoRA is not where it should be: " + "; ".join(problems))
     return adapted
+
+
+def targets(model: torch.nn.Module, target_modules: str | Sequence[str]) -> set[str]:
+    """Names of the modules that `lora.target_modules` asks for, as PEFT reads it.
+
+    Raises ModelError, with what to write, where one of them cannot be adapted or a name matches nothing.
+    """
+    linear = expected_targets(model)
+    if target_modules == ALL_LINEAR:
+        return linear
+    try:
+        matches = _matches(model, target_modules)
+    except re.error as error:
+        raise _target_error(f"it is no regular expression: {error}", target_modules, linear) from error
+    nothing = [pattern for pattern, names in matches.items() if not names]
+    matched = set[str]().union(*matches.values())
+    others = sorted(matched - linear)
+    wrapped = [name for name in others if isinstance(model.get_submodule(name), Gemma4ClippableLinear)]
+    if nothing:
+        known = ", ".join(sorted({name.removesuffix(".linear").rpartition(".")[2] for name in linear}))
+        problem = f"{nothing[0]!r} names no module; linear ones end with {known}"
+    elif wrapped:
+        problem = (
+            f"it names {len(wrapped)} Gemma4ClippableLinear modules of the vision tower ({wrapped[0]} among them), "
+            f"which PEFT cannot adapt"
+        )
+    elif others:
+        problem = f"it names {others[0]}, which is no linear layer of its own"
+    else:
+        return matched
+    raise _target_error(problem, target_modules, linear)
 
 
 def expected_targets(model: torch.nn.Module) -> set[str]:
@@ -110,18 +149,14 @@ def adapted_modules(model: PeftModel) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
 
 
-def adapter_problems(model: PeftModel, expected: set[str] | None) -> list[str]:
+def adapter_problems(model: PeftModel, expected: set[str]) -> list[str]:
     """What is wrong with the adapters; empty when nothing is.
 
-    expected: names that must be adapted, no more and no fewer; None where the recipe names its own targets.
+    expected: names that must be adapted, no more and no fewer.
     """
     adapted = adapted_modules(model)
-    problems = []
-    if not adapted:
-        problems.append("no module is adapted")
-    if expected is not None:
-        problems += [f"{name} is not adapted" for name in sorted(expected - adapted.keys())]
-        problems += [f"{name} is adapted and should not be" for name in sorted(adapted.keys() - expected)]
+    problems = [f"{name} is not adapted" for name in sorted(expected - adapted.keys())]
+    problems += [f"{name} is adapted and should not be" for name in sorted(adapted.keys() - expected)]
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), Gemma4ClippableLinear):
             problems.append(f"{name} is wrapped as a whole, so its clamps no longer bound what LoRA adds")
@@ -133,7 +168,7 @@ def adapter_problems(model: PeftModel, expected: set[str] | None) -> list[str]:
     return problems
 
 
-def compile_layers(model: PeftModel) -> int:
+def compile_layers(model: PeftModel, *, backend: str = "inductor") -> int:
     """Compiles each decoder and vision layer by itself, so that all share one graph; returns how many.
 
     Only for CUDA: on a CPU compiling takes longer than it saves on small models.
@@ -141,7 +176,7 @@ def compile_layers(model: PeftModel) -> int:
     kinds = ("Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer")
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     for layer in layers:
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=False, backend=backend)
     return len(layers)
 
 
@@ -160,7 +195,7 @@ def check_architecture(folder: Path) -> dict[str, Any]:
             remedy="stage it with `g4kit stage model`, and launch again.",
         ) from None
     except ValueError as error:
-        raise ModelError(str(error), remedy="stage the model again.") from error
+        raise ModelError(str(error), remedy=STAGE_AGAIN) from error
     found = config.get("model_type") if isinstance(config, dict) else None
     if found != "gemma4" or not config.get("vision_config"):
         raise ModelError(f"{folder}: config.json says model_type {found!r}; a multimodal Gemma 4 says 'gemma4'")
@@ -177,6 +212,36 @@ def _quantization(kind: Literal["nf4", "none"], dtype: torch.dtype) -> BitsAndBy
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(UNQUANTIZED),
     )
+
+
+def _matches(model: torch.nn.Module, target_modules: str | Sequence[str]) -> dict[str, set[str]]:
+    """Names of modules by the pattern that matches them: a string is a regular expression, a list holds suffixes."""
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(target_modules, str):
+        pattern = re.compile(target_modules)
+        return {target_modules: {name for name in names if pattern.fullmatch(name)}}
+    return {
+        suffix: {name for name in names if name == suffix or name.endswith(f".{suffix}")} for suffix in target_modules
+    }
+
+
+def _target_error(problem: str, target_modules: str | Sequence[str], linear: Collection[str]) -> ModelError:
+    asked = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    language = {name.rpartition(".")[2] for name in linear if ".language_model." in name}
+    kept = [ending for ending in asked if ending in language]
+    advised = rf".*\.language_model\..*\.({'|'.join(kept)})" if kept else TEXT_ONLY
+    return ModelError(
+        f"lora.target_modules: got {target_modules!r}: {problem}.",
+        remedy=f"write \"all-linear\", or for the language model alone '{advised}', and launch again.",
+    )
+
+
+def _loading_problems(report: dict[str, Any]) -> str:
+    """What a checkpoint lacks, in one line; empty when it is complete."""
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
+    lists = {"missing": missing, "of another shape": mismatched}
+    return "; ".join(f"{len(names)} {what}, {names[0]} among them" for what, names in lists.items() if names)
 
 
 def _keep_weights_unpacked(model: torch.nn.Module) -> None:

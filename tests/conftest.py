@@ -1,0 +1,12 @@
+"""Lets torchvision import beside any torch, before a test module imports transformers; without torch nothing is done."""
+
+import importlib.util
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if importlib.util.find_spec("torch") is not None:
+    from g4trainer import torchvision_operators
+
+    torchvision_operators.declare()
