@@ -11,7 +11,8 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/python -m g4kit stage model builtin:tiny-gemma4
 	$(BIN)/python -m g4kit stage data builtin:digits
-	$(BIN)/python -m g4kit launch recipes/digits-tiny.toml --target local --wait --yes --fetch demo-results
+	run=$$($(BIN)/python -m g4kit launch recipes/digits-tiny.toml --target local --wait --yes) && \
+	$(BIN)/python -m g4kit fetch "$$run" --target local --out demo-results
 
 test: lint
 	$(BIN)/python -m pytest

@@ -7,8 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
+
+from g4trainer import __version__
 
 STARTED = time.monotonic()
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="g4trainer", description="Fine-tunes Gemma 4 in a run directory.")
-    parser.add_argument("--version", action="version", version=version("g4kit"))
+    parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     run = verbs.add_parser("run", help="do what is left of a run")
