@@ -29,6 +29,8 @@ from trainer.making import ANSWERS, adapted_model, collator, examples, fill_adap
 
 TOLERANCE = 1e-5
 """Relative, of the loss and of the gradient's norm of difference."""
+INDUCTOR_ON_CPU = 5e-5
+"""Its generated code computes tanh, and so GELU, with a relative error near zero: 2e-5 to 3e-5 were measured."""
 COLUMNS_OF_OURS = ("logits_to_keep", "kept_labels")
 
 
@@ -219,9 +221,19 @@ def all_logits_step(model: Any, like: tiny.Like) -> Step:
     )
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("like", ["E2B", pytest.param("31B", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("like", "backend", "checkpointing"),
+    [
+        ("E2B", "aot_eager", "none"),
+        *(
+            pytest.param(like, backend, checkpointing, marks=pytest.mark.slow)
+            for like in ("E2B", "26B-A4B", "31B")
+            for backend in ("aot_eager", "inductor")
+            for checkpointing in ("none", "full")
+            if (like, backend, checkpointing) != ("E2B", "aot_eager", "none")
+        ),
+    ],
+)
 def test_compiled_layers_change_nothing(
     like: tiny.Like, backend: str, checkpointing: Literal["none", "full"], tiny_folder: Folders, tmp_path: Path
 ) -> None:
@@ -236,4 +248,4 @@ def test_compiled_layers_change_nothing(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something must have been compiled"
     error = compiled.error(plain)
     print(like, backend, checkpointing, error)
-    assert error < TOLERANCE
+    assert error < (INDUCTOR_ON_CPU if backend == "inductor" else TOLERANCE)

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 
 from g4trainer.dataset import DataError, Example
+from g4trainer.gemma import END_OF_TURN, TURN
 
 IGNORED = -100
 """Label of a position that carries no loss."""
-TURN, END_OF_TURN = "<|turn>", "<turn|>"
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,31 @@ class Collator:
         return self._encode(example, completion=[*answer, self.end_of_turn_id], answer=answer)
 
     def answer_ids(self, answer: str, example_id: str = "answer") -> list[int]:
-        """Ids of an answer as the model would generate it, without the end of its turn."""
-        self._refuse_special(answer, "answer", example_id)
-        ids: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        """Ids of an answer as the model would generate it, without surrounding space and the end of its turn.
+
+        Raises DataError where they do not read back as the answer, for then the model could not say it.
+        """
+        text = answer.strip()
+        self._refuse_special(text, "answer", example_id)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise DataError(f"{example_id}: the answer {answer!r} has no tokens; write some text.")
+        read = self.text_of(ids)
+        if read != text:
+            raise DataError(
+                f"{example_id}: the answer {text!r} reads back from the tokenizer as {read!r}; write it with "
+                f"characters that the tokenizer keeps."
+            )
         return ids
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
     def _encode(self, example: Example, *, completion: list[int], answer: Sequence[int] = ()) -> Encoded:
+        if not example.images:
+            raise DataError(f"{example.id}: there is no image; add one, or leave the sample out.")
         images = self.processor.image_processor(
             example.open_images(), max_soft_tokens=self.max_soft_tokens, return_tensors="pt"
         )
@@ -130,12 +147,16 @@ class Collator:
     def _supervised_start(self, ids: list[int], answer: Sequence[int], prompt_length: int, example_id: str) -> int:
         """First supervised position. The search and the construction must agree on where the answer is."""
         turn, found = find_answer(ids, answer, self.turn_id)
-        if found != prompt_length or turn < 0:
+        if found != prompt_length or self.image_id in ids[turn:] or not self._opens_model_turn(ids[turn:found]):
             raise DataError(
                 f"{example_id}: the backward search found the label at token {found} after the turn at {turn}, but it "
-                f"was put at token {prompt_length}; the model's chat template or tokenizer is not Gemma 4's."
+                f"was put at token {prompt_length} of a model's turn; the chat template or tokenizer is not Gemma 4's."
             )
         return turn if self.supervise == "turn" else found
+
+    def _opens_model_turn(self, ids: Sequence[int]) -> bool:
+        """Whether ids begin a turn of the model: `<|turn>model` and a line break."""
+        return bool(ids) and ids[0] == self.turn_id and self.text_of(ids[:4]).startswith(f"{TURN}model\n")
 
     def _prompt_ids(self, example: Example) -> list[int]:
         """The generation prompt with one placeholder an image. Samples share few prompts, so they are kept."""
@@ -150,8 +171,9 @@ class Collator:
                 enable_thinking=False,
             )
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            first_text = text.find(example.prompt.strip())
-            if ids.count(self.image_id) != len(example.images) or first_text < text.rfind(self.processor.image_token):
+            after_images = text.rpartition(self.processor.image_token)[2]
+            shown = ids.count(self.image_id)
+            if shown != len(example.images) or not after_images.lstrip().startswith(example.prompt.strip()):
                 raise DataError(
                     f"{example.id}: the chat template gives {text!r}; it must show each image once, before the text."
                 )
