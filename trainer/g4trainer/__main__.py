@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -37,6 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("path", nargs="?", type=Path, help="a run directory, for example /mnt/gcs/runs/ID")
     run.add_argument("--recipe", type=Path, help="a recipe: make a run directory for it under $G4KIT_ROOT, then run it")
     run.set_defaults(verb=_run)
+
+    preflight = verbs.add_parser("preflight", help="check LoRA targets, token alignment, template and processor")
+    preflight.add_argument("path", nargs="?", help="a run directory, a model folder, or a size: E2B, E4B, 26B-A4B, 31B")
+    preflight.add_argument("--recipe", type=Path, help="a recipe; what it names is looked for under $G4KIT_ROOT")
+    preflight.add_argument("--json", action="store_true", help="print one JSON document")
+    preflight.add_argument("--samples", type=int, default=8, help="training samples whose tokens are checked")
+    preflight.set_defaults(verb=_preflight)
 
     tiny = verbs.add_parser("tiny", help="make the embedded model or data set")
     tiny.add_argument("what", choices=("model", "data"))
@@ -77,6 +85,35 @@ def _run(options: argparse.Namespace) -> int:
     from g4trainer.train import run_attempt
 
     return int(run_attempt(RunDir(path), deadline))
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    if (options.path is None) == (options.recipe is None) or options.samples < 1:
+        return _usage("preflight: write a PATH or --recipe RECIPE, and --samples of at least 1.")
+    from g4trainer.exits import ModelError
+    from g4trainer.recipe import RecipeError, load_frozen, load_recipe
+    from g4trainer.rundir import RunDir
+
+    _quiet_imports()
+    from g4trainer import preflight
+    from g4trainer.preflight_text import to_text
+
+    path = Path(options.path or "")
+    try:
+        if options.recipe is not None:
+            root = Path(os.environ.get("G4KIT_ROOT") or ".g4kit")
+            subject = preflight.subject_of_recipe(load_recipe(options.recipe), root)
+        elif options.path in preflight.SIZES:
+            subject = preflight.subject_of_size(options.path)
+        elif (path / "recipe.json").is_file():
+            subject = preflight.subject_of_recipe(load_frozen(path / "recipe.json").recipe, RunDir(path).root)
+        else:
+            subject = preflight.subject_of_folder(path)
+    except (RecipeError, ModelError) as error:
+        return _usage(f"preflight: {error}")
+    report = preflight.preflight(subject, samples=options.samples)
+    print(json.dumps(report.to_json(), indent=2, ensure_ascii=False) if options.json else to_text(report), end="")
+    return 0 if report.passed else 1
 
 
 def _tiny(options: argparse.Namespace) -> int:

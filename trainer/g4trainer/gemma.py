@@ -125,7 +125,7 @@ def facts_of(config: Mapping[str, Any], *, source: str = "config.json") -> Model
     found = config.get("model_type")
     if found != MODEL_TYPE or not config.get("text_config") or not config.get("vision_config"):
         raise ValueError(f"{source}: got model_type {found!r}; a multimodal Gemma 4 says {MODEL_TYPE!r}.")
-    text, vision = {**_TEXT_DEFAULTS, **config["text_config"]}, {**_VISION_DEFAULTS, **config["vision_config"]}
+    text, vision = {**_TEXT_DEFAULTS, **config["text_config"]}, {**VISION_DEFAULTS, **config["vision_config"]}
     audio = config.get("audio_config")
     per_layer = text["hidden_size_per_layer_input"] * text["num_hidden_layers"]
     embeddings = text["vocab_size"] * text["hidden_size"] + text["vocab_size_per_layer_input"] * per_layer
@@ -364,7 +364,7 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "num_experts": 0,
     "moe_intermediate_size": 0,
 }
-_VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: dict[str, Any] = {
     **_SMALL_VISION,
     "patch_size": 16,
     "pooling_kernel_size": 3,

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig, Gemma4Config
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 
 from g4trainer import recipe as recipes
@@ -85,6 +86,22 @@ def load_base(folder: Path, settings: recipes.Model, *, device: torch.device) ->
     model.config.use_cache = False
     if device.type == "cpu":
         _keep_weights_unpacked(model)
+    return model
+
+
+def load_structure(document: Mapping[str, Any], settings: recipes.Model) -> Any:
+    """The base model of a parsed `config.json` on the meta device: every module, quantized as a run would, no weight.
+
+    Takes neither a GPU nor the weights. Use it and what is attached to it under `torch.device("meta")`.
+    """
+    parts = {name: document[name] for name in ("text_config", "vision_config", "tie_word_embeddings")}
+    with torch.device("meta"):
+        model = AutoModelForMultimodalLM.from_config(Gemma4Config(**parts, audio_config=None), dtype=torch.bfloat16)
+    quantization = _quantization(settings.quantization, torch.bfloat16)
+    if quantization is not None:
+        replace_with_bnb_linear(model, list(UNQUANTIZED), quantization)
+        model.is_loaded_in_4bit = True  # what PEFT asks before it adapts 4-bit layers
+    model.requires_grad_(False)
     return model
 
 
