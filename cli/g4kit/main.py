@@ -10,6 +10,10 @@ from g4kit import __version__
 from g4kit.errors import UserError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "preflight": (
+        "g4kit.commands.preflight",
+        "Check a recipe's model, LoRA targets and data before anything is paid for.",
+    ),
     "stage": ("g4kit.commands.stage", "Copy a base model or a data set into the bucket."),
     "launch": ("g4kit.commands.launch", "Start a fine-tuning run from a recipe."),
     "runs": ("g4kit.commands.runs", "List runs, or show one of them."),

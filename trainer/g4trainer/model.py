@@ -114,6 +114,7 @@ def attach_lora(model: Any, settings: recipes.Lora, *, base_model: str) -> PeftM
     expected = targets(model, settings.target_modules)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*`base_model_name_or_path` was renamed.*")
+        warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # PEFT asks it
         adapted = get_peft_model(model, LoraConfig(**recipes.lora_config(settings, base_model=base_model)))
     adapted.peft_config[ADAPTER].base_model_name_or_path = base_model
     problems = adapter_problems(adapted, expected)
