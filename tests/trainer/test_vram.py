@@ -1,0 +1,138 @@
+"""Bytes from config.json against what torch counts, what was published, and what was measured."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from g4trainer import calibration, gemma, model, timing, tiny, vram
+from g4trainer.recipe import Recipe, parse_recipe
+from trainer.making import adapted_model, base_model
+
+FP32 = 4
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    document: dict[str, Any] = {"name": "x", "model": {"id": "m"}, "data": {"dataset": "d"}}
+    for name, values in sections.items():
+        document[name] = document.get(name, {}) | values
+    return parse_recipe(document, source="test")
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Every parameter once, with the statistics of those in 4 bits."""
+    found: list[torch.Tensor] = []
+    for parameter in module.parameters():
+        found.append(parameter.data)
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return found
+
+
+def test_what_stays_unquantized_is_what_the_model_leaves() -> None:
+    assert set(model.UNQUANTIZED) - {"lm_head"} <= set(vram.UNQUANTIZED_LINEARS)
+
+
+@pytest.mark.parametrize("like", ["E2B", "26B-A4B", "31B"])
+def test_the_bytes_of_a_tiny_model_are_those_that_torch_counts(
+    tiny_folder: Callable[[tiny.Like], Path], like: tiny.Like, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vram, "UNQUANTIZED_LINEARS", tuple(set(model.UNQUANTIZED) - {"lm_head"}))
+    folder = tiny_folder(like)
+    config = json.loads((folder / "config.json").read_text())
+    settings = recipe(lora={"r": 8, "lora_alpha": 8})
+    counted = vram.Model(settings, config, unquantized_bytes=FP32)
+    tensors = tensors_of(base_model(folder))
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors)
+    assert sum(counted.weights.values()) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    adapters = [p for p in adapted_model(folder).parameters() if p.requires_grad]
+    assert counted.lora_parameters == sum(p.numel() for p in adapters)
+    assert counted.loaded - sum(counted.weights.values()) == sum(p.numel() * p.element_size() for p in adapters)
+
+
+@pytest.mark.parametrize(
+    "target_modules",
+    [
+        r".*\.language_model\..*(q_proj|v_proj)",
+        ["language_model.layers.0.mlp.down_proj"],
+        ["q_proj.linear", "per_layer_input_gate"],
+    ],
+)
+def test_targets_are_counted_as_they_are_adapted(
+    tiny_folder: Callable[[tiny.Like], Path], target_modules: str | list[str]
+) -> None:
+    folder = tiny_folder("E2B")
+    config = json.loads((folder / "config.json").read_text())
+    counted = vram.Model(recipe(lora={"r": 8, "target_modules": target_modules}), config)
+    adapted = adapted_model(folder, target_modules=target_modules)
+    assert counted.lora_parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert counted.lora_parameters > 0
+
+
+def test_the_published_figures_of_the_31b() -> None:
+    config = gemma.true_config("31B")
+    nf4, bf16 = (vram.Model(recipe(model={"quantization": kind}), config) for kind in ("nf4", "none"))
+    assert sum(bf16.weights.values()) == 62_546_173_024
+    assert sum(nf4.weights.values()) / vram.GIB == pytest.approx(17.0, abs=0.05)
+    assert 18e9 < sum(nf4.weights.values()) < 20e9
+    assert nf4.lora_parameters == 534_467_584
+    assert nf4.loaded / vram.GIB == pytest.approx(calibration.LOADED_GIB, rel=0.01)
+
+
+def test_stock_bitsandbytes_leaves_the_experts_in_bf16() -> None:
+    weights = vram.Model(recipe(), gemma.true_config("26B-A4B")).weights
+    assert weights["experts"] == 2 * 22_837_985_280
+    assert sum(weights.values()) == pytest.approx(48.3e9, rel=0.01)
+
+
+@pytest.mark.parametrize("row", calibration.ROWS, ids=lambda row: f"{row.step.micro_batch}-{row.step.checkpointing}")
+def test_the_model_reproduces_its_measurements(row: calibration.Row) -> None:
+    assert abs(calibration.memory_error(row)) < 0.05
+    seconds = calibration.time_error(row)
+    assert seconds is None or abs(seconds) < 0.15
+
+
+def test_some_rows_check_what_others_fitted() -> None:
+    assert [row for row in calibration.ROWS if not row.fitted]
+    assert [row for row in calibration.ROWS if calibration.time_error(row) is not None]
+    assert len(calibration.markdown().splitlines()) == len(calibration.ROWS) + 2
+
+
+@pytest.mark.parametrize("size", get_args(gemma.Size))
+def test_memory_grows_with_everything_that_takes_it(size: gemma.Size) -> None:
+    def peak(micro: int = 4, checkpointing: vram.Checkpointing = "none", r: int = 64, soft: int = 280) -> int:
+        built = vram.Model(recipe(lora={"r": r}, model={"max_soft_tokens": soft}), gemma.true_config(size))
+        step = vram.Step(micro, checkpointing, "sdpa", accumulates=False)
+        return vram.training(built, built.shape(238), step).total
+
+    assert peak(1) < peak(2) < peak(4) < peak(16)
+    assert peak(checkpointing="full") < peak(checkpointing="half") < peak()
+    assert peak(r=16) < peak(r=64)
+    assert peak(soft=70) < peak(soft=280) < peak(soft=1120)
+
+
+def test_the_parts_are_those_of_the_moment_of_the_peak() -> None:
+    built = vram.Model(recipe(), gemma.true_config("31B"))
+    forward = vram.training(built, built.shape(224), vram.Step(4, "none", "eager", accumulates=False))
+    assert forward.moment == "end of the forward pass"
+    assert forward.parts["gradients"] == 0
+    assert forward.parts["optimizer"] == 8 * built.lora_parameters
+    backward = vram.training(built, built.shape(224), vram.Step(1, "full", "eager", accumulates=False))
+    assert backward.moment == "backward pass of the vision tower"
+    assert backward.parts["gradients"] == 4 * built.lora_parameters
+
+
+def test_short_sequences_take_eager_attention() -> None:
+    assert vram.attention_for(recipe(), 504) == "eager"
+    assert vram.attention_for(recipe(), 1300) == "sdpa"
+    assert vram.attention_for(recipe(model={"attn_implementation": "eager"}), 1300) == "eager"
+
+
+def test_every_accelerator_has_its_rates() -> None:
+    from g4trainer.limits import ACCELERATORS
+
+    assert set(timing.CARDS) == set(ACCELERATORS)

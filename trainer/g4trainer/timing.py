@@ -1,0 +1,205 @@
+"""Seconds of a run, from floating-point operations, the card's rates and measured efficiency; no torch is needed.
+
+A micro-batch takes a time of its own (dequantizing every weight, starting every layer's kernels) and a time for each
+sample. Both were fitted to steps of the 31B on an H200 (`python -m g4trainer.calibration` prints them); other cards
+are scaled by their published rates, which is why their range is wide.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from g4trainer.recipe import Recipe
+from g4trainer.vram import ADAM, FP32, GIB, Checkpointing, Model, Shape
+
+RECOMPUTED: Mapping[Checkpointing, float] = {"none": 0.0, "half": 0.5, "full": 1.0}
+"""Share of the forward pass that the backward pass computes again."""
+ACHIEVED_RATE = 0.8
+"""Of a card's published dense bf16 rate, what large matrix products reach: 790 of 989 TFLOP/s measured on an H200."""
+EFFICIENCY = 0.73
+"""Of that, what the samples of a compiled step reach. Fitted."""
+PREFILL_EFFICIENCY = 0.65
+"""The same for prompts of the evaluation, compiled: 0.070 s an image measured."""
+DEQUANTIZATION = 0.5
+"""Of a card's published bandwidth, what dequantizing reaches. Fitted with the next."""
+DEQUANTIZED_BYTES = 0.5 + 2 + 2
+"""For each weight: read at 4 bits, written in bf16, read by the product."""
+LAYER_S = 0.00085
+"""For a forward or a backward pass of one layer's kernels, beside their work. Fitted."""
+TOKEN_LAYER_S = 0.003
+"""For one text layer of one generated token, not compiled. From 0.17 to 0.30 s a token measured at 60 layers."""
+OPTIMIZER_BYTES = 2 * FP32 + 2 * FP32 + 2 * ADAM
+"""Moved by AdamW and by clipping, for each trained parameter."""
+ANSWER_STEPS = 8
+"""Tokens generated for a label, after the first."""
+
+READ_GIB_S = 0.8
+"""From a bucket in the same region, by parallel readers. Not measured on Cloud Run."""
+WRITE_GIB_S = 0.3
+"""To the mounted bucket. An assumption."""
+START_S = 60.0
+"""Container, imports, data and the first compilation of each layer: 40 s of it measured on an H200."""
+CHECKPOINT_EVERY_S = 300.0
+CLOSING_S = 45.0
+"""What an attempt leaves of its timeout: the safety margin of g4trainer.deadline and a last checkpoint."""
+CALIBRATED_ON = "nvidia-h200-141gb"
+RANGE_CALIBRATED, RANGE_OTHER = (0.9, 1.2), (0.75, 1.6)
+"""The estimate's lower and upper bound, as shares of it."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Published rates of a GPU."""
+
+    tflops: float
+    """Dense bf16 with fp32 accumulation, in TFLOP/s."""
+    bandwidth_gb_s: float
+    """Of its memory, in GB/s."""
+
+
+CARDS: Mapping[str, Card] = {
+    "nvidia-rtx-pro-6000": Card(500, 1597),
+    "nvidia-l4": Card(121, 300),
+    "nvidia-a100-80gb": Card(312, 2039),
+    "nvidia-h100-80gb": Card(989, 3350),
+    "nvidia-h200-141gb": Card(989, 4800),
+    "nvidia-b200": Card(2250, 8000),
+}
+"""By Cloud Run's and Vertex AI's names, as in limits.json. Of NVIDIA's data sheets; where one states the rate with
+sparsity, half of it."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How many images a run sees."""
+
+    train: int
+    validation: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Time:
+    """Expected seconds by phase, in order, and what the estimate may be off by."""
+
+    phases: Mapping[str, float]
+    seconds_a_sample: float
+    slices: int
+    """Attempts under the recipe's timeout."""
+    low: float
+    high: float
+    """Seconds in all, at least and at most."""
+    calibrated: bool
+    """Whether the step was measured on this card."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.phases.values())
+
+
+def step_seconds(
+    model: Model, shape: Shape, card: Card, *, micro_batch: int, checkpointing: Checkpointing, accumulation: int
+) -> float:
+    """Of one optimizer step."""
+    again = RECOMPUTED[checkpointing]
+    rate = card.tflops * 1e12 * ACHIEVED_RATE
+    base, lora, attention = _forward_operations(model, shape)
+    sample = (base * (2 + again) + lora * (3 + again) + attention * (3.5 + again)) / (rate * EFFICIENCY)
+    passes = _weights_pass_s(model, card) + LAYER_S * len(model.layers)
+    optimizer = model.lora_parameters * OPTIMIZER_BYTES / (card.bandwidth_gb_s * 1e9)
+    return accumulation * (passes * (2 + again) + micro_batch * sample) + optimizer
+
+
+def answer_seconds(model: Model, shape: Shape, card: Card, *, batch: int) -> float:
+    """Of one image of the evaluation."""
+    rate = card.tflops * 1e12 * ACHIEVED_RATE * PREFILL_EFFICIENCY
+    token = _weights_pass_s(model, card) + TOKEN_LAYER_S * model.facts.text_layers
+    return sum(_forward_operations(model, shape)) / rate + ANSWER_STEPS * token / batch
+
+
+def estimate_time(
+    recipe: Recipe,
+    model: Model,
+    shape: Shape,
+    samples: Samples,
+    *,
+    micro_batch: int,
+    checkpointing: Checkpointing,
+    evaluation_batch_size: int,
+    evaluations: int,
+    card_name: str,
+) -> Time:
+    """From the first attempt's start to results.json, on one of CARDS.
+
+    evaluations: measurements of the validation loss.
+    """
+    card, training = CARDS[card_name], recipe.training
+    share = training.effective_batch_size // recipe.job.gpus
+    step = step_seconds(
+        model,
+        shape,
+        card,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        accumulation=max(1, share // micro_batch),
+    )
+    steps = math.ceil(training.num_train_epochs * math.ceil(samples.train / training.effective_batch_size))
+    answers = samples.test * answer_seconds(model, shape, card, batch=evaluation_batch_size)
+    train = steps * step
+    validation = evaluations * samples.validation * step / share * 0.5 / recipe.job.gpus  # no backward pass
+    checkpoint = model.lora_parameters * (FP32 + ADAM) / GIB / WRITE_GIB_S
+    phases = {
+        "load": START_S + sum(model.weights.values()) / GIB / READ_GIB_S,
+        "baseline": answers if recipe.evaluation.baseline else 0.0,
+        "train": train + validation,
+        "checkpoints": checkpoint * max(1, round(train / CHECKPOINT_EVERY_S)),
+        "final": answers,
+    }
+    low, high = RANGE_CALIBRATED if card_name == CALIBRATED_ON else RANGE_OTHER
+    slices = attempts_needed(sum(phases.values()), phases["load"], recipe.job.timeout_s)
+    phases["retries"] = (slices - 1) * (phases["load"] + CLOSING_S)
+    total = sum(phases.values())
+    return Time(phases, step / share, slices, low * total, high * total, card_name == CALIBRATED_ON)
+
+
+def attempts_needed(total_s: float, load_s: float, timeout_s: int) -> int:
+    """Attempts that the work takes when each loads the model again and stops before its timeout.
+
+    Returns 0 where an attempt has no time left to work in: the timeout is too short for any progress.
+    """
+    useful = timeout_s - load_s - CLOSING_S
+    return max(1, math.ceil((total_s - load_s) / useful)) if useful > 0 else 0
+
+
+def _weights_pass_s(model: Model, card: Card) -> float:
+    """Seconds to dequantize every weight once."""
+    quantized = sum(one.parameters for one in model.quantized)
+    return quantized * DEQUANTIZED_BYTES / (card.bandwidth_gb_s * 1e9 * DEQUANTIZATION)
+
+
+def _forward_operations(model: Model, shape: Shape) -> tuple[float, float, float]:
+    """Of one sample's forward pass: the base model's matrix products, those of LoRA, and attention."""
+    lengths = {"vision": shape.patches}
+    base = lora = attention = 0.0
+    for linear in model.facts.linears:
+        length = lengths.get(linear.group, shape.tokens)
+        base += 2 * linear.parameters * length
+        if linear.name.endswith(("q_proj", "q_proj.linear")):
+            attention += 4 * length**2 * linear.outputs
+    for linear in model.adapted:
+        lora += 2 * model.recipe.lora.r * (linear.inputs + linear.outputs) * lengths.get(linear.group, shape.tokens)
+    base += 2 * model.facts.expert_parameters * model.expert_share * shape.tokens
+    return base, lora, attention
+
+
+def describe(time: Time) -> Mapping[str, Any]:
+    """For JSON."""
+    return {
+        "seconds": {name: round(value) for name, value in time.phases.items()},
+        "total_s": round(time.total),
+        "range_s": [round(time.low), round(time.high)],
+        "seconds_a_sample": round(time.seconds_a_sample, 4),
+        "attempts": time.slices,
+        "calibrated": time.calibrated,
+    }

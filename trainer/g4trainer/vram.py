@@ -1,0 +1,274 @@
+"""GPU memory of a run, in bytes by part, from config.json and a recipe: neither torch nor a GPU is needed.
+
+Weights, LoRA, gradients and optimizer follow from the shapes and are exact (tests count them with torch). Activations
+are counted too, tensor by tensor that a compiled layer keeps for its backward pass, then scaled by the few factors
+below, which were fitted to measurements; `python -m g4trainer.calibration` prints them all, with the model's error.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from g4trainer import gemma
+from g4trainer.recipe import Recipe
+
+Checkpointing = Literal["none", "half", "full"]
+Attention = Literal["eager", "sdpa"]
+
+GIB = 2**30
+BF16, FP32 = 2, 4
+
+UNQUANTIZED_LINEARS = ("router.proj", "patch_embedder.input_proj")
+"""Linear modules that stay in bf16, as suffixes of their names (g4trainer.model says why)."""
+NF4_BLOCK, STATISTICS_BLOCK = 64, 256
+"""Weights that share a scale, and scales that share one in turn: bitsandbytes' double quantization."""
+NF4_TABLES = (16 + 256 + 1) * FP32
+"""Of each quantized layer: the two code books, and the mean of its scales."""
+ADAM = 2 * FP32
+"""Bytes of AdamW's two moments for each trained parameter."""
+
+EAGER_BELOW_TOKENS = 1024
+"""Sequences shorter than this take eager text attention, which is faster there and keeps its scores."""
+SCORE_BYTES = 4
+"""Kept of each score of eager attention: measured 1.78 GiB a sample at 60 layers, 32 heads and 504 tokens."""
+KEPT = {"text": 1.045, "vision": 1.00}
+"""Kept by a compiled layer, against the count below. Fitted, see g4trainer.calibration."""
+UNCOMPILED = 1.5
+"""The same without compilation, where norms, activations and casts each keep their input."""
+WORKSPACE_LAYERS = 1.5
+"""Temporaries of the layer at work, as multiples of what it keeps: gradients of its inputs, and recomputed values."""
+DEQUANTIZED_COPIES = 2
+"""The largest matrix in bf16: the weight at work, and the one whose memory is not yet reused."""
+LOGIT_BYTES = BF16 + 3 * FP32
+"""Of each logit: as computed, in fp32, its softmax and its gradient."""
+FRAGMENTATION = 0.03
+"""Share of what is not weights that the allocator holds beside what is used."""
+CUDA_CONTEXT = 600 * 2**20
+"""Held by the CUDA context, cuBLAS and Triton outside the allocator. An estimate: the driver decides."""
+ANSWER_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one sample is made of."""
+
+    tokens: int
+    """Of the padded sequence: text and image."""
+    patches: int
+    """Of its images, padding included: the vision tower computes all of them."""
+    supervised: int
+    """Positions whose logits are computed."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a micro-batch is computed."""
+
+    micro_batch: int
+    checkpointing: Checkpointing
+    attention: Attention
+    accumulates: bool
+    """Whether an optimizer step has several micro-batches, so that gradients are there during the forward pass."""
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, at the moment of the peak."""
+
+    parts: Mapping[str, int]
+    moment: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer keeps for its backward pass, and what it is made of."""
+
+    kind: Literal["text", "vision"]
+    kept: int
+    """Bytes a token (or patch) in bf16, attention scores apart."""
+    heads: int
+    keys: int
+    """Bytes a token that its keys and values take in the generation cache; 0 where it uses another layer's."""
+
+
+class Model:
+    """A model with its adapters, in bytes. config: a parsed config.json. Raises ValueError where it is no Gemma 4."""
+
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any], *, unquantized_bytes: int = BF16) -> None:
+        """unquantized_bytes: of each weight that is not quantized: 2 on a GPU, 4 on a CPU."""
+        self.facts = gemma.facts_of(config)
+        self.recipe = recipe
+        linears = self.facts.linears
+        nf4 = recipe.model.quantization == "nf4"
+        self.quantized = [one for one in linears if nf4 and not one.name.endswith(UNQUANTIZED_LINEARS)]
+        self.adapted = [one for one in linears if _is_target(one.name, recipe.lora.target_modules)]
+        self.lora_parameters = sum(recipe.lora.r * (one.inputs + one.outputs) for one in self.adapted)
+        kept = self.facts.parameters - sum(one.parameters for one in self.quantized)
+        self.weights = {
+            "weights in NF4": sum(map(_nf4_bytes, self.quantized)),
+            "unquantized weights": (kept - self.facts.expert_parameters) * unquantized_bytes,
+            "experts": self.facts.expert_parameters * unquantized_bytes,
+        }
+        self.largest_matrix = max(one.parameters for one in linears) * BF16
+        self.layers = _layers(self.facts, config, recipe.lora.r)
+        text = config["text_config"]
+        experts = text.get("num_experts") or 0
+        self.expert_share = text.get("top_k_experts", 0) / experts if experts else 0.0
+        self.vocabulary = int(config["text_config"].get("vocab_size", 262_144))
+        self.width = int(config["text_config"]["hidden_size"])
+        self.vision_width = int(config["vision_config"]["hidden_size"])
+        self.patches_a_token = int(config["vision_config"].get("pooling_kernel_size", 3)) ** 2
+
+    @property
+    def loaded(self) -> int:
+        """Bytes once the base model is there with its adapters, before the first step."""
+        return sum(self.weights.values()) + self.lora_parameters * FP32
+
+    def shape(self, text_tokens: int) -> Shape:
+        """A sample of one image that fills its budget. text_tokens: all tokens that are not the image's."""
+        budget = self.recipe.model.max_soft_tokens
+        return Shape(budget + text_tokens, budget * self.patches_a_token, ANSWER_TOKENS)
+
+
+def attention_for(recipe: Recipe, tokens: int) -> Attention:
+    """The text layers' attention: as the recipe says, but eager for short sequences."""
+    eager = recipe.model.attn_implementation == "eager" or tokens < EAGER_BELOW_TOKENS
+    return "eager" if eager else "sdpa"
+
+
+def training(model: Model, shape: Shape, step: Step) -> Memory:
+    """The peak of an optimizer step: at the end of the forward pass, or when the backward pass is in a late layer."""
+    batch, lora = step.micro_batch, model.lora_parameters
+    held = {**model.weights, "LoRA": lora * FP32, "optimizer": lora * ADAM}
+    gradients = lora * FP32
+    kept = {"text": 0, "vision": 0}
+    working = dict(kept)
+    for index, layer in enumerate(model.layers):
+        whole = batch * _activations(layer, shape, step)
+        recomputed = step.checkpointing == "full" or (step.checkpointing == "half" and index % 2 == 0)
+        kept[layer.kind] += batch * _input_of(layer, model, shape) if recomputed else whole
+        working[layer.kind] = max(working[layer.kind], whole)
+    dequantized = DEQUANTIZED_COPIES * model.largest_matrix if model.quantized else 0
+    logits = batch * shape.supervised * model.vocabulary * LOGIT_BYTES
+    again = step.checkpointing != "none"
+    forward = {
+        **held,
+        "gradients": gradients if step.accumulates else 0,
+        "bf16 copies of LoRA": lora * BF16,
+        "activations, text": kept["text"],
+        "activations, vision": kept["vision"],
+        "logits": logits,
+        "workspace": int(WORKSPACE_LAYERS * working["text"] * again) + dequantized * again,
+    }
+    vision_parameters = sum(one.inputs + one.outputs for one in model.adapted if one.group == "vision")
+    backward = {
+        **held,
+        "gradients": gradients,
+        "bf16 copies of LoRA": model.recipe.lora.r * vision_parameters * BF16,
+        "activations, text": 0,
+        "activations, vision": kept["vision"],
+        "logits": 0,
+        "workspace": int((WORKSPACE_LAYERS + again) * working["vision"]) + dequantized,
+    }
+    moments = [Memory(forward, "end of the forward pass"), Memory(backward, "backward pass of the vision tower")]
+    return max(moments, key=lambda memory: memory.total)
+
+
+def evaluation(model: Model, shape: Shape, batch: int, *, new_tokens: int, trained: bool = True) -> Memory:
+    """The peak of answering a batch: the prompt's forward pass, with its keys and values in the cache.
+
+    trained: whether the optimizer's moments are still there, as they are when the validation loss is measured.
+    """
+    step = Step(batch, "none", attention_for(model.recipe, shape.tokens), accumulates=False)
+    lora = model.lora_parameters
+    working = max(batch * _activations(layer, shape, step) for layer in model.layers)
+    cache = sum(layer.keys for layer in model.layers) * batch * (shape.tokens + new_tokens)
+    parts = {
+        **model.weights,
+        "LoRA": lora * FP32,
+        "optimizer": lora * ADAM if trained else 0,
+        "bf16 copies of LoRA": lora * BF16,
+        "generation cache": cache,
+        "logits": batch * model.vocabulary * (BF16 + FP32),
+        "workspace": int(WORKSPACE_LAYERS * working) + (DEQUANTIZED_COPIES * model.largest_matrix),
+    }
+    return Memory(parts, "evaluation")
+
+
+def with_reserve(memory: Memory) -> Memory:
+    """The same with what the allocator holds but does not use: what a card must have free."""
+    fixed = {"weights in NF4", "unquantized weights", "experts", "LoRA", "optimizer"}
+    moving = sum(size for name, size in memory.parts.items() if name not in fixed)
+    return Memory({**memory.parts, "fragmentation": int(FRAGMENTATION * moving)}, memory.moment)
+
+
+def _activations(layer: Layer, shape: Shape, step: Step) -> int:
+    """Bytes that a layer keeps of one sample when nothing is computed again."""
+    length = shape.tokens if layer.kind == "text" else shape.patches
+    kept = layer.kept * length * KEPT[layer.kind] * (1 if step.compiled else UNCOMPILED)
+    scores = SCORE_BYTES * layer.heads * length**2 if step.attention == "eager" and layer.kind == "text" else 0
+    return int(kept + scores)
+
+
+def _input_of(layer: Layer, model: Model, shape: Shape) -> int:
+    """Bytes of one sample's input to a layer, all that a checkpointed layer keeps."""
+    return BF16 * (shape.tokens * model.width if layer.kind == "text" else shape.patches * model.vision_width)
+
+
+def _layers(facts: gemma.ModelFacts, config: Mapping[str, Any], r: int) -> tuple[Layer, ...]:
+    """Every text and vision layer, in the order of the model, from the names and shapes of its linear modules."""
+    by_layer: dict[str, dict[str, gemma.Linear]] = {}
+    for linear in facts.linears:
+        found = re.match(r"(model\.(?:language_model|vision_tower).*?layers\.\d+)\.(.+?)(?:\.linear)?$", linear.name)
+        if found:
+            by_layer.setdefault(found[1], {})[found[2].rpartition(".")[2]] = linear
+    text, vision = config["text_config"], config["vision_config"]
+    return tuple(
+        _layer("vision", linears, vision, r) if "vision_tower" in name else _layer("text", linears, text, r)
+        for name, linears in by_layer.items()
+    )
+
+
+def _layer(
+    kind: Literal["text", "vision"], linears: Mapping[str, gemma.Linear], settings: Mapping[str, Any], r: int
+) -> Layer:
+    """Counts what the backward pass needs: inputs of linear modules (for LoRA), and of norms and products.
+
+    The residual stream, the norm before and the output after attention and MLP: 6 widths. Queries, keys and values
+    before and after their norms and rotation, the attention's output; gate, up and their product; r for each adapter.
+    """
+    width, gate = linears["gate_proj"].inputs, linears["gate_proj"].outputs
+    queries = linears["q_proj"].outputs
+    keys = linears["k_proj"].outputs if "k_proj" in linears else 0
+    elements = 6 * width + 3 * queries + 4 * keys + 3 * gate + r * len(linears)
+    elements += sum(one.outputs for one in linears.values() if one.clipped)
+    if "per_layer_input_gate" in linears:
+        elements += 2 * width + 2 * linears["per_layer_input_gate"].outputs
+    if "proj" in linears:  # the router: each token passes the experts it chose, whose output its weight multiplies
+        chosen, inner = settings["top_k_experts"], settings["moe_intermediate_size"]
+        elements += chosen * (2 * width + 3 * inner) + 2 * width
+    return Layer(
+        kind=kind,
+        kept=elements * BF16,
+        heads=int(settings["num_attention_heads"]),
+        keys=2 * keys * BF16 if kind == "text" else 0,
+    )
+
+
+def _nf4_bytes(linear: gemma.Linear) -> int:
+    """Packed weights, 8-bit scales of blocks, fp32 scales of those, and the tables that go with them."""
+    scales = -(-linear.parameters // NF4_BLOCK)
+    return -(-linear.parameters // 2) + scales + -(-scales // STATISTICS_BLOCK) * FP32 + NF4_TABLES
+
+
+def _is_target(name: str, target_modules: str | list[str]) -> bool:
+    """Whether PEFT adapts a linear module of that name."""
+    if isinstance(target_modules, str):
+        return target_modules == "all-linear" or re.fullmatch(target_modules, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in target_modules)
