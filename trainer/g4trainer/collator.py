@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jinja2
 import torch
 
 from g4trainer.dataset import DataError, Example
@@ -163,13 +164,7 @@ class Collator:
         key = (example.prompt, len(example.images))
         if key not in self._prompts:
             self._refuse_special(example.prompt, "prompt", example.id)
-            content = [{"type": "image"}] * len(example.images) + [{"type": "text", "text": example.prompt}]
-            text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
+            text = generation_prompt(self.processor, example.prompt, images=len(example.images))
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             after_images = text.rpartition(self.processor.image_token)[2]
             shown = ids.count(self.image_id)
@@ -219,6 +214,21 @@ class Collator:
             "pixel_values": torch.cat([sample.pixel_values for sample in encoded]),
             "image_position_ids": torch.cat([sample.image_position_ids for sample in encoded]),
         }
+
+
+def generation_prompt(processor: Any, question: str, *, images: int) -> str:
+    """What the chat template makes of images and a question, with thinking off, up to where the model begins to answer.
+
+    Raises DataError where the template itself is broken.
+    """
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    try:
+        text: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except jinja2.TemplateError as error:
+        raise DataError(f"the model's chat template cannot be used: {error}; stage the model again.") from error
+    return text
 
 
 def find_answer(ids: Sequence[int], answer: Sequence[int], turn_id: int) -> tuple[int, int]:

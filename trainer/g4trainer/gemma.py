@@ -215,8 +215,8 @@ def _attention_shape(text: Mapping[str, Any], index: int, kind: str) -> tuple[in
     """
     heads = {"head_dim": text["head_dim"], "num_key_value_heads": text["num_key_value_heads"]}
     by_layer = text["per_layer_config"]
-    if by_layer is not None:
-        heads |= by_layer.get(str(index), {})
+    if by_layer is not None:  # keys are padded with zeros: "05" is layer 5
+        heads |= next((own for key, own in by_layer.items() if int(key) == index), {})
     elif kind == "full_attention":
         heads["head_dim"] = text["global_head_dim"]
         if text["attention_k_eq_v"] and text["num_global_key_value_heads"]:

@@ -45,9 +45,14 @@ def load_processor(folder: Path) -> Any:
     """The Gemma4Processor of a staged model. Raises ModelError where the folder holds another or an incomplete one."""
     check_architecture(folder)
     try:
-        return AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ModelError(f"{folder}: the processor cannot be loaded: {error}") from error
+        raise ModelError(f"{folder}: the processor cannot be loaded: {error}", remedy=STAGE_AGAIN) from error
+    if type(processor).__name__ != "Gemma4Processor":
+        raise ModelError(f"{folder}: the processor is a {type(processor).__name__}, not Gemma 4's", remedy=STAGE_AGAIN)
+    if not processor.chat_template:
+        raise ModelError(f"{folder}: the processor has no chat template; instruction-tuned models have one")
+    return processor
 
 
 def load_base(folder: Path, settings: recipes.Model, *, device: torch.device) -> Any:

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 
 from g4trainer import gemma
-from g4trainer.collator import IGNORED, Collator, token_id
+from g4trainer.collator import IGNORED, Collator, generation_prompt, token_id
 from g4trainer.dataset import DataError, Example, Splits, load_splits
 from g4trainer.evaluate import longest_answer
 from g4trainer.exits import ModelError, OutOfMemory
@@ -194,12 +194,7 @@ def _collator(subject: Subject, report: Report) -> Collator | None:
         if problems:
             report.add(name, "failed", "; ".join(problems), STAGE_MODEL)
             return None
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
+        prompt = generation_prompt(processor, "?", images=1)
         report.add(name, "passed", f"the generation prompt is {prompt!r}")
         return collator
     return None
