@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("path", type=Path, help="the folder to write; it must be empty or missing")
     tiny.set_defaults(verb=_tiny)
 
+    report = verbs.add_parser("report", help="make report.html of a finished run again")
+    report.add_argument("path", type=Path, help="a run directory, for example .g4kit/runs/ID")
+    report.set_defaults(verb=_report)
+
     selftest = verbs.add_parser(
         "selftest", help="train the embedded model for a few steps, to prove an image or a machine"
     )
@@ -126,6 +130,25 @@ def _tiny(options: argparse.Namespace) -> int:
         tiny.write_model(options.path)
     else:
         tiny.write_digits(options.path)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from g4trainer.rundir import RunDir
+
+    run = RunDir(options.path)
+    if not run.results.is_file():
+        return _usage(f"report: {run.path} has no results.json; write the path of a run directory that is finished.")
+    _quiet_imports()
+    from g4trainer.dataset import DataError
+    from g4trainer.recipe import RecipeError
+    from g4trainer.report import rewrite_report
+
+    try:
+        rewrite_report(run)
+    except (DataError, RecipeError) as error:
+        return _usage(f"report: {error}")
+    print(run.report)
     return 0
 
 

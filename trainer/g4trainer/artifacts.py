@@ -78,7 +78,7 @@ def finished_predictions(path: Path) -> list[Prediction]:
 def results(
     run: RunDir, frozen: FrozenRecipe, splits: Splits, train: Mapping[str, Any], *, attempt: int, own: dict[str, float]
 ) -> dict[str, Any]:
-    """The document.
+    """The document without its list of artifacts: the report, which is one of them, is made from it.
 
     train: what training came to, over all attempts.
     own: seconds by phase of this attempt; those of the earlier ones are in their claims.
@@ -110,7 +110,6 @@ def results(
             "python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},
         },
-        "artifacts": artifacts(run),
     }
 
 
@@ -119,5 +118,5 @@ def artifacts(run: RunDir) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for folder in (run.adapter, run.evaluation):
         entries |= {f"{folder.name}/{name}": entry for name, entry in manifest(folder).items()}
-    files = (run.recipe, run.plan, run.lora_config, run.training_args)
+    files = (run.recipe, run.plan, run.lora_config, run.training_args, run.report)
     return entries | {path.name: file_entry(path) for path in files}

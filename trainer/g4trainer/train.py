@@ -7,7 +7,7 @@ does what the ones before it did not finish:
     baseline   evaluation/baseline.json, before training
     train      checkpoints/, metrics/, then adapter/
     final      evaluation/final.json, after training
-    report     results.json, written last
+    report     report.html, then results.json, written last
 """
 
 import logging
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments, set_seed
 
-from g4trainer.artifacts import finished_predictions, read_adapter, results, write_adapter
+from g4trainer.artifacts import artifacts, finished_predictions, read_adapter, results, write_adapter
 from g4trainer.checkpoint import newest_checkpoint
 from g4trainer.claims import Claim
 from g4trainer.collator import Collator
@@ -41,6 +41,7 @@ from g4trainer.model import (
 from g4trainer.outcome import end_attempt, ended_for_good, failure_of, tell
 from g4trainer.planner import Plan, choose_plan, training_arguments
 from g4trainer.recipe import FrozenRecipe, load_frozen, lora_config
+from g4trainer.report import write_report
 from g4trainer.rundir import RunDir, read_json, to_json, write_bytes, write_json
 from g4trainer.trainer import RunTrainer
 
@@ -344,9 +345,9 @@ class Attempt:
         )
 
     def finish(self) -> None:
-        """results.json, written last."""
+        """report.html, unless an earlier attempt wrote it; then results.json, written last."""
         self.claim.check()
-        self.publisher.settle(self.run.plan, self.run.training_args)
+        self.publisher.settle(self.run.plan, self.run.training_args, *self.run.metrics.glob("*.jsonl"))
         document = results(
             self.run,
             self.frozen,
@@ -355,7 +356,10 @@ class Attempt:
             attempt=self.claim.attempt,
             own=self.seconds(),
         )
-        write_json(self.run.results, document)
+        if not self.run.report.exists():
+            write_report(self.run, document, self.splits.test)
+        self.claim.check()
+        write_json(self.run.results, document | {"artifacts": artifacts(self.run)})
 
 
 def _staged(folder: Path) -> Path:
