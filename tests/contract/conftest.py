@@ -4,6 +4,7 @@ An implementation is added here as a function that makes an empty cloud whose jo
 arguments, and whose processes get 1 s between SIGTERM and SIGKILL, so that the tests are quick.
 """
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from contract.task import TASK
 from contract.waiting import wait
-from g4kit.cloud.base import Cloud, Execution, JobRequest
+from fakes.google_cloud import FakeGoogleCloud
+from g4kit.cloud.base import Bucket, Cloud, Execution, JobRequest
+from g4kit.cloud.google_bucket import GoogleBucket
 from g4kit.cloud.local import LocalCloud
 
 
@@ -21,6 +24,29 @@ def local(folder: Path) -> Cloud:
 
 
 CLOUDS: dict[str, Callable[[Path], Cloud]] = {"local": local}
+
+
+@contextlib.contextmanager
+def local_bucket(folder: Path) -> Iterator[Bucket]:
+    yield local(folder).bucket
+
+
+@contextlib.contextmanager
+def google_bucket(folder: Path) -> Iterator[Bucket]:
+    """Listings in pages of two, so that every test meets them."""
+    fake = FakeGoogleCloud(folder, page_size=2)
+    yield GoogleBucket(fake.access())
+    fake.close()
+
+
+BUCKETS = {"local": local_bucket, "google": google_bucket}
+
+
+@pytest.fixture(params=BUCKETS)
+def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bucket]:
+    """An empty bucket."""
+    with BUCKETS[request.param](tmp_path / "cloud") as made:
+        yield made
 
 
 @pytest.fixture(params=CLOUDS)

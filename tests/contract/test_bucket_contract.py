@@ -11,7 +11,6 @@ import pytest
 
 from g4kit.cloud.base import (
     Bucket,
-    Cloud,
     Object,
     ObjectNameError,
     ObjectNotFoundError,
@@ -21,11 +20,6 @@ from g4kit.cloud.base import (
 
 HELLO_CRC32C = "yZRlqg=="
 """Of b"hello world", as `gcloud storage hash` prints it."""
-
-
-@pytest.fixture
-def bucket(cloud: Cloud) -> Bucket:
-    return cloud.bucket
 
 
 def test_a_written_object_is_read_back_with_its_facts(bucket: Bucket) -> None:

@@ -61,6 +61,10 @@ class Faults:
                     return fault
         return None
 
+    def clear(self) -> None:
+        with self._lock:
+            self._waiting.clear()
+
     @property
     def waiting(self) -> int:
         """Faults that no request has met yet."""

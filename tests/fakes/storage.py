@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from fakes.objects import generation_match, resource
+from fakes.objects import Metadata, generation_match, resource
 from fakes.server import BLOCK_BYTES, Answer, Request, error, ok
 from fakes.uploads import Uploads
 from g4kit.cloud.base import Object, ObjectNameError, ObjectNotFoundError, PreconditionError
@@ -36,7 +36,8 @@ class FakeStorage:
         """Copied by one call of a rewrite; a larger object takes several."""
         self.denied: set[str] = set()
         """Permissions that the caller lacks, for example `storage.objects.create`."""
-        self._uploads = Uploads(folder.parent / f"{folder.name}-uploads")
+        self._metadata: Metadata = {}
+        self.uploads = Uploads(folder.parent / f"{folder.name}-uploads", self._metadata)
 
     def make_bucket(self, name: str) -> Path:
         """The folder that holds the bucket's objects."""
@@ -69,13 +70,13 @@ class FakeStorage:
         """The permission that the call needs, and what answers it."""
         bucket, name, verb = LocalBucket(self.folder / parts["bucket"]), parts.get("name", ""), parts.get("verb", "")
         if request.path.startswith("/upload/"):
-            return "storage.objects.create", lambda: self._uploads.answer(bucket, parts["bucket"], request)
+            return "storage.objects.create", lambda: self.uploads.answer(bucket, parts["bucket"], request)
         if name and verb.startswith("/rewriteTo/"):
             return "storage.objects.create", lambda: self._rewrite(bucket, name, verb, request)
         if name and verb == "/compose":
-            return "storage.objects.create", lambda: _compose(bucket, parts["bucket"], name, request)
+            return "storage.objects.create", lambda: self._compose(bucket, parts["bucket"], name, request)
         if name and request.method == "GET":
-            return "storage.objects.get", lambda: _get(bucket, parts["bucket"], name, request)
+            return "storage.objects.get", lambda: self._get(bucket, parts["bucket"], name, request)
         if name and request.method == "DELETE":
             return "storage.objects.delete", lambda: _delete(bucket, name, request)
         if verb == "/o" and request.method == "GET":
@@ -107,7 +108,7 @@ class FakeStorage:
             if delimited:
                 prefixes.append(entry)
             else:
-                items.append(resource(bucket_name, bucket.stat(found.name)))
+                items.append(resource(bucket_name, bucket.stat(found.name), self._metadata))
         document: dict[str, Any] = {"kind": "storage#objects", "items": items, "prefixes": prefixes}
         return ok(document | ({"nextPageToken": token} if token else {}))
 
@@ -126,7 +127,40 @@ class FakeStorage:
         match = generation_match(request.query)
         written = target.upload_file(source.root / name, unquote(target_name), if_generation_match=match)
         whole = {"done": True, "totalBytesRewritten": str(found.size)}
-        return ok(progress | whole | {"resource": resource(target_bucket, written)})
+        return ok(progress | whole | {"resource": resource(target_bucket, written, self._metadata)})
+
+    def _get(self, bucket: LocalBucket, bucket_name: str, name: str, request: Request) -> Answer:
+        found = bucket.stat(name)
+        if int(request.query.get("generation", found.generation)) != found.generation:
+            raise ObjectNotFoundError(bucket.url, name)
+        if request.query.get("ifGenerationMatch", str(found.generation)) != str(found.generation):
+            raise PreconditionError(name, int(request.query["ifGenerationMatch"]), found.generation)
+        if request.query.get("alt") != "media":
+            return ok(resource(bucket_name, found, self._metadata))
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "X-Goog-Generation": str(found.generation),
+            "X-Goog-Metageneration": "1",
+            "X-Goog-Stored-Content-Length": str(found.size),
+            "X-Goog-Hash": f"crc32c={found.crc32c}",
+        }
+        wanted = RANGE.match(request.headers.get("range", ""))
+        if wanted is None:
+            return Answer(200, headers, stream=_blocks(bucket.root / name, 0, found.size), length=found.size)
+        start, end = int(wanted[1]), min(int(wanted[2] or found.size - 1), found.size - 1)
+        if start >= found.size:
+            return error(416, "Requested range not satisfiable")
+        headers["Content-Range"] = f"bytes {start}-{end}/{found.size}"
+        return Answer(206, headers, stream=_blocks(bucket.root / name, start, end + 1), length=end + 1 - start)
+
+    def _compose(self, bucket: LocalBucket, bucket_name: str, name: str, request: Request) -> Answer:
+        """One object from up to 32 others."""
+        sources = request.json()["sourceObjects"]
+        if not 1 <= len(sources) <= MAX_PARTS:
+            return error(400, f"The number of source components provided ({len(sources)}) must be 1 to {MAX_PARTS}.")
+        data = b"".join(bucket.read(source["name"]) for source in sources)
+        written = bucket.write(name, data, if_generation_match=generation_match(request.query))
+        return ok(resource(bucket_name, written, self._metadata))
 
     def _test_permissions(self, request: Request) -> Answer:
         asked = request.query.get("permissions", "").split(",")
@@ -141,31 +175,6 @@ def _below(bucket: LocalBucket, prefix: str) -> Iterator[Object]:
         return
 
 
-def _get(bucket: LocalBucket, bucket_name: str, name: str, request: Request) -> Answer:
-    found = bucket.stat(name)
-    if int(request.query.get("generation", found.generation)) != found.generation:
-        raise ObjectNotFoundError(bucket.url, name)
-    if request.query.get("ifGenerationMatch", str(found.generation)) != str(found.generation):
-        raise PreconditionError(name, int(request.query["ifGenerationMatch"]), found.generation)
-    if request.query.get("alt") != "media":
-        return ok(resource(bucket_name, found))
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "X-Goog-Generation": str(found.generation),
-        "X-Goog-Metageneration": "1",
-        "X-Goog-Stored-Content-Length": str(found.size),
-        "X-Goog-Hash": f"crc32c={found.crc32c}",
-    }
-    wanted = RANGE.match(request.headers.get("range", ""))
-    if wanted is None:
-        return Answer(200, headers, stream=_blocks(bucket.root / name, 0, found.size), length=found.size)
-    start, end = int(wanted[1]), min(int(wanted[2] or found.size - 1), found.size - 1)
-    if start >= found.size:
-        return error(416, "Requested range not satisfiable")
-    headers["Content-Range"] = f"bytes {start}-{end}/{found.size}"
-    return Answer(206, headers, stream=_blocks(bucket.root / name, start, end + 1), length=end + 1 - start)
-
-
 def _blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
     with path.open("rb") as file:
         file.seek(start)
@@ -177,12 +186,3 @@ def _blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
 def _delete(bucket: LocalBucket, name: str, request: Request) -> Answer:
     bucket.delete(name, if_generation_match=generation_match(request.query))
     return Answer(204)
-
-
-def _compose(bucket: LocalBucket, bucket_name: str, name: str, request: Request) -> Answer:
-    """One object from up to 32 others."""
-    sources = request.json()["sourceObjects"]
-    if not 1 <= len(sources) <= MAX_PARTS:
-        return error(400, f"The number of source components provided ({len(sources)}) must be 1 to {MAX_PARTS}.")
-    data = b"".join(bucket.read(source["name"]) for source in sources)
-    return ok(resource(bucket_name, bucket.write(name, data, if_generation_match=generation_match(request.query))))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fakes.objects import generation_match, resource
+from fakes.objects import Metadata, generation_match, resource
 from fakes.server import Answer, Request, error, ok
 from g4kit.cloud.base import PreconditionError, crc32c_of_file
 from g4kit.cloud.local_bucket import LocalBucket
@@ -34,6 +34,7 @@ class Session:
     wanted: dict[str, str]
     """Checksums of the whole object that the client has stated, by `crc32c` or `md5`."""
     part: Path
+    metadata: dict[str, str]
     done: Answer | None = None
 
     @property
@@ -44,12 +45,13 @@ class Session:
 class Uploads:
     """`sessions` by their id. They outlive the connections that made them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.sessions: dict[str, Session] = {}
         self.received_bytes = 0
         """Taken in by all chunks, those sent again included."""
         self._folder = folder
+        self._metadata = metadata
         self._lock = threading.Lock()
 
     def answer(self, bucket: LocalBucket, bucket_name: str, request: Request) -> Answer:
@@ -76,7 +78,8 @@ class Uploads:
         part.write_bytes(media)
         name = document.get("name") or request.query["name"]
         match = generation_match(request.query)
-        return _finish(Session(bucket, bucket_name, name, match, _stated(document, request.headers), part))
+        wanted = _stated(document, request.headers)
+        return self._finish(Session(bucket, bucket_name, name, match, wanted, part, document.get("metadata", {})))
 
     def _begin(self, bucket: LocalBucket, bucket_name: str, request: Request) -> Answer:
         document = request.json()
@@ -87,7 +90,8 @@ class Uploads:
         part.touch()
         upload_id = secrets.token_hex(16)
         wanted = _stated(document, request.headers)
-        self.sessions[upload_id] = Session(bucket, bucket_name, name, match, wanted, part)
+        metadata = document.get("metadata", {})
+        self.sessions[upload_id] = Session(bucket, bucket_name, name, match, wanted, part, metadata)
         location = f"{request.base_url}{request.path}?uploadType=resumable&upload_id={upload_id}"
         return Answer(200, {"Location": location})
 
@@ -109,7 +113,7 @@ class Uploads:
                 return error(400 if first <= session.size else 503, f"chunk {first}-{last} after {session.size} bytes")
             self._append(session, first, request)
         if total is not None and session.size == total:
-            session.done = _finish(session)
+            session.done = self._finish(session)
             return session.done
         headers = {"Range": f"bytes=0-{session.size - 1}"} if session.size else {}
         return Answer(308, headers)
@@ -127,6 +131,23 @@ class Uploads:
                 position += len(block)
             if cut:
                 file.truncate(max(there, file.tell() // CHUNK_QUANTUM * CHUNK_QUANTUM))
+
+    def _finish(self, session: Session) -> Answer:
+        """Makes the object, if its checksums and its precondition hold."""
+        with session.part.open("rb") as file:
+            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
+        found = {"crc32c": crc32c_of_file(session.part), "md5": base64.b64encode(md5).decode()}
+        try:
+            for kind, value in session.wanted.items():
+                if found[kind] != value:
+                    return error(400, f'Provided {kind} "{value}" doesn\'t match calculated {kind} "{found[kind]}".')
+            written = session.bucket.upload_file(session.part, session.name, if_generation_match=session.match)
+        except PreconditionError:
+            return error(412, "At least one of the pre-conditions you specified did not hold.")
+        finally:
+            session.part.write_bytes(b"")
+        self._metadata[session.bucket_name, written.name, written.generation] = session.metadata
+        return ok(resource(session.bucket_name, written, self._metadata))
 
     def _new_part(self) -> Path:
         return self._folder / secrets.token_hex(8)
@@ -151,23 +172,6 @@ def _stated(document: Mapping[str, str], headers: Mapping[str, str]) -> dict[str
         if value:
             stated[kind] = value
     return {kind: value for kind, value in stated.items() if value}
-
-
-def _finish(session: Session) -> Answer:
-    """Makes the object, if its checksums and its precondition hold."""
-    with session.part.open("rb") as file:
-        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
-    found = {"crc32c": crc32c_of_file(session.part), "md5": base64.b64encode(md5).decode()}
-    try:
-        for kind, value in session.wanted.items():
-            if found[kind] != value:
-                return error(400, f'Provided {kind} "{value}" doesn\'t match calculated {kind} "{found[kind]}".')
-        written = session.bucket.upload_file(session.part, session.name, if_generation_match=session.match)
-    except PreconditionError:
-        return error(412, "At least one of the pre-conditions you specified did not hold.")
-    finally:
-        session.part.write_bytes(b"")
-    return ok(resource(session.bucket_name, written))
 
 
 def _check(bucket: LocalBucket, name: str, match: int) -> None:

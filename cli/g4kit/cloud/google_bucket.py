@@ -1,0 +1,241 @@
+"""Cloud Storage as the bucket, through google-cloud-storage.
+
+Every call is made safe to repeat, because an answer may be lost after the work was done: writes carry a token in the
+object's own metadata, by which a write that succeeded unheard is told from one that came too late.
+"""
+
+import io
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from google.api_core.exceptions import BadRequest, NotFound, PreconditionFailed
+from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption
+
+from g4kit.cloud.base import (
+    ChecksumError,
+    Object,
+    ObjectNotFoundError,
+    PreconditionError,
+    Progress,
+    check_object_name,
+)
+from g4kit.cloud.google_client import Access
+from g4trainer import rundir
+
+TOKEN = "g4kit-write"  # noqa: S105 a metadata key
+FIELDS = "items(name,size,generation,updated,crc32c),prefixes,nextPageToken"
+CHUNK_BYTES = 8 << 20
+"""Sent and kept in memory at a time."""
+CORRUPT_TRIES = 3
+"""Bytes that changed on their way are sent again so often."""
+
+Result = TypeVar("Result")
+
+
+class GoogleBucket:
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._name = access.deployment.bucket
+        self._client = storage.Client(
+            project=access.deployment.project,
+            credentials=access.credentials,
+            client_options={"api_endpoint": access.emulator} if access.emulator else None,
+        )
+        self._bucket = self._client.bucket(self._name)
+        self._again = {"retry": access.retry(), "timeout": access.patience.timeout_s}
+
+    @property
+    def url(self) -> str:
+        return f"gs://{self._name}"
+
+    def job_path(self, name: str) -> str:
+        return f"{self._access.deployment.mount_path}/{check_object_name(name)}"
+
+    def stat(self, name: str) -> Object:
+        return _object(self._find(name))
+
+    def read(self, name: str) -> bytes:
+        return self.read_with_generation(name)[0]
+
+    def read_with_generation(self, name: str) -> tuple[bytes, int]:
+        blob = self._blob(name)
+
+        def read() -> bytes:
+            data: bytes = blob.download_as_bytes(checksum="crc32c", **self._again)
+            return data
+
+        with self._access.errors(f"{self.url}/{name}"):
+            try:
+                return _if_corrupt_again(read), int(blob.generation)
+            except NotFound:
+                raise ObjectNotFoundError(self.url, name) from None
+            except DataCorruption as error:
+                raise ChecksumError(f"{self.url}/{name}", "the object's", str(error).splitlines()[0]) from error
+
+    def write(self, name: str, data: bytes, *, if_generation_match: int | None = None) -> Object:
+        def upload(blob: Any) -> None:
+            blob.upload_from_file(
+                io.BytesIO(data),
+                size=len(data),
+                content_type="application/octet-stream",
+                if_generation_match=if_generation_match,
+                checksum="crc32c",
+                **self._again,
+            )
+
+        return self._upload(name, if_generation_match, upload)
+
+    def delete(self, name: str, *, if_generation_match: int | None = None) -> None:
+        blob = self._blob(name)
+        failures: list[Exception] = []
+        retry = self._access.retry(failures.append)
+        with self._access.errors(f"{self.url}/{name}"):
+            try:
+                blob.delete(if_generation_match=if_generation_match, retry=retry, timeout=self._again["timeout"])
+            except NotFound:
+                if not failures:  # else an earlier try of this call has deleted it
+                    raise ObjectNotFoundError(self.url, name) from None
+            except PreconditionFailed:
+                if not (failures and self._generation(name) == 0):
+                    raise self._precondition(name, if_generation_match) from None
+
+    def objects(self, prefix: str = "") -> Iterator[Object]:
+        with self._access.errors(f"{self.url}/{prefix}"):
+            for blob in self._client.list_blobs(self._bucket, prefix=prefix, fields=FIELDS, **self._again):
+                if not blob.name.endswith("/"):  # a folder that a mount has made
+                    yield _object(blob)
+
+    def folders(self, prefix: str = "") -> list[str]:
+        if prefix:
+            check_object_name(prefix.removesuffix("/"))
+        with self._access.errors(f"{self.url}/{prefix}"):
+            pages = self._client.list_blobs(self._bucket, prefix=prefix, delimiter="/", fields=FIELDS, **self._again)
+            found = {name for page in pages.pages for name in page.prefixes}
+        return sorted(name.removeprefix(prefix).rstrip("/") for name in found)
+
+    def upload_file(
+        self, path: Path, name: str, *, if_generation_match: int | None = None, progress: Progress | None = None
+    ) -> Object:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+
+            def upload(blob: Any) -> None:
+                blob.chunk_size = CHUNK_BYTES
+                blob.upload_from_file(
+                    _Counted(file, progress),
+                    rewind=True,
+                    size=size,
+                    content_type="application/octet-stream",
+                    if_generation_match=if_generation_match,
+                    checksum="crc32c",
+                    **self._again,
+                )
+
+            return self._upload(name, if_generation_match, upload)
+
+    def download_file(self, name: str, path: Path, *, progress: Progress | None = None) -> Object:
+        found = self.stat(name)
+        blob = self._bucket.blob(name, generation=found.generation)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{rundir.TEMPORARY_SUFFIX}")
+
+        def download() -> None:
+            with partial.open("wb") as file:
+                blob.download_to_file(_Counted(file, progress), checksum="crc32c", **self._again)
+                file.flush()
+                os.fsync(file.fileno())
+
+        with self._access.errors(f"{self.url}/{name}"):
+            try:
+                _if_corrupt_again(download)
+                partial.replace(path)
+            except NotFound:
+                raise ObjectNotFoundError(self.url, name) from None
+            except DataCorruption as error:
+                raise ChecksumError(f"{self.url}/{name}", str(found.crc32c), str(error).splitlines()[0]) from error
+            finally:
+                partial.unlink(missing_ok=True)
+        return found
+
+    def _upload(self, name: str, match: int | None, upload: Callable[[Any], None]) -> Object:
+        """upload: sends the object's bytes; called again where they were changed on their way."""
+        blob = self._blob(name)
+        token = secrets.token_hex(8)
+        blob.metadata = {TOKEN: token}
+        with self._access.errors(f"{self.url}/{name}"):
+            try:
+                _if_corrupt_again(lambda: upload(blob))
+            except PreconditionFailed:
+                found = self._get(name)
+                if found is None or (found.metadata or {}).get(TOKEN) != token:
+                    raise self._precondition(name, match) from None
+                return _object(found)
+            except BadRequest as error:
+                raise ChecksumError(f"{self.url}/{name}", "the file's", str(error.message)) from error
+        return _object(blob)
+
+    def _blob(self, name: str) -> Any:
+        return self._bucket.blob(check_object_name(name))
+
+    def _get(self, name: str) -> Any:
+        """None where it is not there."""
+        check_object_name(name)
+        with self._access.errors(f"{self.url}/{name}"):
+            return self._bucket.get_blob(name, **self._again)
+
+    def _find(self, name: str) -> Any:
+        blob = self._get(name)
+        if blob is None:
+            raise ObjectNotFoundError(self.url, name)
+        return blob
+
+    def _generation(self, name: str) -> int:
+        blob = self._get(name)
+        return 0 if blob is None else int(blob.generation)
+
+    def _precondition(self, name: str, wanted: int | None) -> PreconditionError:
+        return PreconditionError(name, wanted or 0, self._generation(name))
+
+
+class _Counted:
+    """A file that tells how many bytes pass through it."""
+
+    def __init__(self, file: BinaryIO, progress: Progress | None) -> None:
+        self._file = file
+        self._progress = progress or (lambda _: None)
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        self._progress(len(block))
+        return block
+
+    def write(self, block: bytes) -> int:
+        self._progress(len(block))
+        return self._file.write(block)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _object(blob: Any) -> Object:
+    return Object(blob.name, int(blob.size), int(blob.generation), blob.updated, blob.crc32c)
+
+
+def _if_corrupt_again(call: Callable[[], Result]) -> Result:
+    """Both sides check crc32c; what arrived changed is sent again, and the last try's error passes."""
+    for _ in range(CORRUPT_TRIES - 1):
+        try:
+            return call()
+        except DataCorruption:
+            continue
+        except BadRequest as error:
+            if "doesn't match" not in str(error.message):
+                raise
+    return call()

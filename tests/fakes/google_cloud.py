@@ -1,0 +1,50 @@
+"""A whole fake Google Cloud with a deployment in it, and GoogleCloud talking to it through Google's own clients."""
+
+from pathlib import Path
+
+from fakes.server import FakeServer
+from fakes.storage import FakeStorage
+from g4kit.cloud.google_client import Access, Patience, open_access
+from g4kit.deployment import Deployment
+
+QUICK = Patience(first_retry_s=0.01, retry_for_s=5.0, timeout_s=3.0, poll_s=0.1, settle_s=0.3)
+BUCKET = "g4kit-test"
+
+
+class FakeGoogleCloud:
+    """Services of one project, served until closed. `folder` holds the buckets' files."""
+
+    def __init__(self, folder: Path, *, page_size: int = 1000) -> None:
+        self.storage = FakeStorage(folder / "buckets", page_size=page_size)
+        self.mount = self.storage.make_bucket(BUCKET)
+        self.server = FakeServer([self.storage])
+        self.deployment = deployment(self.mount)
+
+    def access(self, patience: Patience = QUICK) -> Access:
+        return open_access(self.deployment, self.server.url, patience)
+
+    def close(self) -> None:
+        self.server.close()
+
+
+def deployment(mount: Path) -> Deployment:
+    """What Terraform would say of it."""
+    repository = "us-central1-docker.pkg.dev/test-project/g4kit"
+    gpu = {"cpu": 20, "memory_gib": 80, "timeout_s": 3600, "max_retries": 3}
+    return Deployment.model_validate(
+        {
+            "project": "test-project",
+            "region": "us-central1",
+            "prefix": "g4kit",
+            "bucket": BUCKET,
+            "repository": repository,
+            "image": f"{repository}/g4kit",
+            "mount_path": str(mount),
+            "jobs": {
+                "l4": gpu | {"name": "g4kit-l4", "accelerator": "nvidia-l4"},
+                "rtx": gpu | {"name": "g4kit-rtx", "accelerator": "nvidia-rtx-pro-6000"},
+            },
+            "tools_job": {"name": "g4kit-tools", "cpu": 4, "memory_gib": 16, "timeout_s": 3600},
+            "service_accounts": {"runtime": "g4kit-runtime@test-project.iam.gserviceaccount.com"},
+        }
+    )
