@@ -28,10 +28,10 @@ class RunIdError(ValueError):
     """A run id that no run can have."""
 
 
-def new_run_id(recipe_name: str, now: datetime.datetime | None = None) -> str:
-    """`<recipe name>-<UTC yyyymmdd-hhmmss>-<4 hex>`: ids of one recipe sort by time."""
+def new_run_id(recipe_name: str, now: datetime.datetime | None = None, *, token: str | None = None) -> str:
+    """`<recipe name>-<UTC yyyymmdd-hhmmss>-<4 hex>`: ids of one recipe sort by time. The token is random by default."""
     now = now or datetime.datetime.now(datetime.UTC)
-    return f"{recipe_name}-{now.astimezone(datetime.UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return f"{recipe_name}-{now.astimezone(datetime.UTC):%Y%m%d-%H%M%S}-{token or secrets.token_hex(2)}"
 
 
 def check_run_id(run_id: str) -> str:
@@ -196,6 +196,13 @@ def manifest_problems(
                 f"{name}: {entry.get('size')} bytes were written, {found[name]['size']} are there, or they differ"
             )
     return problems
+
+
+def remove_remains(run: RunDir) -> None:
+    """Deletes temporary files that killed attempts left, but in claims/, where others may be writing."""
+    for path in run.path.rglob(f".*{TEMPORARY_SUFFIX}"):
+        if path.parent != run.claims:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
