@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,14 @@ def write_checkpoint(
     documents: dict[str, Any],
     recipe_hash: str,
     claim: str,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes `root/step-%08d` and commits it.
 
     tensors: by file name, then by tensor name; on the CPU, contiguous, and of nobody who changes them meanwhile.
     documents: JSON documents by file name.
     claim: name of the attempt's claim, so that a second writer is found out.
+    before_commit: may raise, then nothing is committed.
     Raises OSError; then nothing is committed, and what was written is removed where the disk lets it.
     """
     folder = root / f"step-{step:08d}"
@@ -92,6 +94,7 @@ def write_checkpoint(
         files = {name: _write_hashed(folder / name, tensor_blocks(content)) for name, content in tensors.items()}
         for name, document in documents.items():
             files[name] = _write_hashed(folder / name, iter([memoryview(to_json(document))]))
+        before_commit()
         committed = {"step": step, "recipe_hash": recipe_hash, "claim": claim, "files": files}
         write_bytes(folder / COMMITTED, _seal(committed))
     except OSError:

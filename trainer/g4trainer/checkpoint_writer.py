@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from g4trainer.checkpoint import rotate, write_checkpoint
+from g4trainer.claims import Claim
+from g4trainer.exits import RunTaken
 
 ASSUMED_BYTES_PER_S = 200 * 2**20
 """What a mounted bucket takes at least, until a write was measured."""
@@ -19,10 +21,10 @@ log = logging.getLogger(__name__)
 class CheckpointWriter:
     """One checkpoint at a time goes out in a thread; the next one, `wait` or the end of the attempt waits for it."""
 
-    def __init__(self, root: Path, recipe_hash: str, claim: str) -> None:
+    def __init__(self, root: Path, recipe_hash: str, claim: Claim) -> None:
         self._root, self._recipe_hash, self._claim = root, recipe_hash, claim
         self._thread: threading.Thread | None = None
-        self._failure: OSError | None = None
+        self._failure: OSError | RunTaken | None = None
         self._longest_s: float | None = None
         self._bytes = 0
         self.seconds = 0.0
@@ -36,7 +38,7 @@ class CheckpointWriter:
         documents: dict[str, Any],
         keep: tuple[int, ...],
     ) -> None:
-        """Copies the tensors and begins to write. Raises the OSError that an earlier write met.
+        """Copies the tensors and begins to write. Raises what `wait` raises.
 
         keep: steps whose checkpoints rotation must leave, besides the newest.
         """
@@ -51,7 +53,7 @@ class CheckpointWriter:
         self.seconds += time.monotonic() - started
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises the OSError that a write met: then it is not committed."""
+        """Returns when nothing is being written. Raises the OSError or RunTaken that kept one from being committed."""
         if self._thread is not None:
             started = time.monotonic()
             self._thread.join()
@@ -80,10 +82,11 @@ class CheckpointWriter:
                 tensors=tensors,
                 documents=documents,
                 recipe_hash=self._recipe_hash,
-                claim=self._claim,
+                claim=self._claim.name,
+                before_commit=self._claim.check,
             )
             rotate(self._root, keep=keep)
-        except OSError as error:
+        except (OSError, RunTaken) as error:
             self._failure = error
             return
         took = time.monotonic() - started

@@ -74,6 +74,7 @@ class Claim:
         self._seen_lock = threading.Lock()
         self._stopped = threading.Event()
         self._last_beat = time.monotonic()
+        self._published = 0
         self._superseded_by: str | None = None
         self._failure: OSError | None = None
         self.held = threading.Event()
@@ -139,10 +140,19 @@ class Claim:
             if alive:
                 raise self._taken(alive[0].document)
             if late and not rivals:
-                self._document |= {"supersedes": sorted(self._seen), "held": True}
-                self.held.set()
+                self._announce(check)
                 return
             time.sleep(POLL_S)
+
+    def _announce(self, check: Callable[[], None]) -> None:
+        """Says who is superseded, with the next heartbeat, before anything is written in their place."""
+        self._document |= {"supersedes": sorted(self._seen), "held": True}
+        beat = self._document["beats"]
+        while self._published <= beat:
+            self.check()
+            check()
+            time.sleep(POLL_S)
+        self.held.set()
 
     def check(self) -> None:
         """Raises RunTaken where a later attempt took over, OSError where the heartbeat cannot be written.
@@ -155,6 +165,10 @@ class Claim:
             raise RunTaken(f"{self._run.run_id}: {self._superseded_by} took over while this attempt stood still.")
         if self._failure is not None:
             raise self._failure
+
+    def is_ours(self) -> bool:
+        """Whether no later attempt is known to have taken over."""
+        return self._superseded_by is None
 
     def _rivals(self) -> list[tuple[_Seen, str]]:
         """Claims that go before this one unless they are dead, for they are lower or were held first; their states."""
@@ -180,8 +194,9 @@ class Claim:
             while not self._stopped.wait(self._interval_s):
                 self._document |= {"beats": self._document["beats"] + 1, "seconds": self.report()}
                 write_json(self._path(), self._document)
-                self._last_beat = time.monotonic()
                 self._look()
+                self._published = self._document["beats"]
+                self._last_beat = time.monotonic()  # last: whoever finds it fresh knows that others were looked at
         except OSError as error:  # handed to the main thread by `check`
             self._failure = error
 
@@ -197,7 +212,7 @@ class Claim:
                 if document["beats"] != seen.document["beats"]:
                     seen.changed = time.monotonic()
                 seen.document = document
-                if self.held.is_set() and self.name in document["supersedes"]:
+                if self.name in document["supersedes"]:
                     self._superseded_by = f"attempt {document['attempt']} on {document['host']}"
 
     def _take_lock(self) -> None:

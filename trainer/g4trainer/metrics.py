@@ -38,13 +38,21 @@ class Publisher:
     A file that an earlier attempt left counts as written when this one began, so that a quick retry keeps the pace.
     """
 
-    def __init__(self, interval_s: float, *, closing_s: Callable[[], float] = lambda: math.inf) -> None:
+    def __init__(
+        self,
+        interval_s: float,
+        *,
+        closing_s: Callable[[], float] = lambda: math.inf,
+        allowed: Callable[[], bool] = lambda: True,
+    ) -> None:
         """
+        allowed: asked before each write; what is not allowed is dropped.
         closing_s: seconds that the end may wait for files whose interval is not over; later ones stay as they are.
         """
         self.interval_s = interval_s
-        self._closing_s = closing_s
-        self._opened = False
+        self._closing_s, self._allowed = closing_s, allowed
+        self.opened = False
+        """Whether files are written."""
         self._pending: dict[Path, Callable[[], bytes]] = {}
         self._due: dict[Path, float] = {}
         self._started = time.monotonic()
@@ -75,7 +83,7 @@ class Publisher:
     def open(self) -> None:
         """From now on files are written: the run directory is this attempt's."""
         with self._condition:
-            self._opened = True
+            self.opened = True
             self._condition.notify_all()
 
     def publish(self, path: Path, content: Callable[[], bytes]) -> None:
@@ -115,7 +123,8 @@ class Publisher:
                     return
                 content = self._pending.pop(path)
             try:
-                write_bytes(path, content())
+                if self._allowed():
+                    write_bytes(path, content())
             except OSError as error:
                 self._failure = error
             with self._condition:
@@ -127,7 +136,7 @@ class Publisher:
         """Waits, with the condition held, for a file whose time has come; None at the end."""
         while True:
             current = time.monotonic()
-            path = min(self._pending, key=self._due.__getitem__, default=None) if self._opened else None
+            path = min(self._pending, key=self._due.__getitem__, default=None) if self.opened else None
             wait_s = None if path is None else self._due[path] - current
             if wait_s is not None and wait_s <= 0:
                 return path

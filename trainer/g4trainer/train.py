@@ -22,6 +22,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from g4trainer.artifacts import artifacts, finished_predictions, read_adapter, results, write_adapter
+from g4trainer.attention import choose_attention
 from g4trainer.checkpoint import newest_checkpoint
 from g4trainer.claims import Claim
 from g4trainer.collator import Collator
@@ -42,11 +43,13 @@ from g4trainer.outcome import end_attempt, ended_for_good, failure_of, tell
 from g4trainer.planner import Plan, choose_plan, training_arguments
 from g4trainer.recipe import FrozenRecipe, load_frozen, lora_config
 from g4trainer.report import write_report
-from g4trainer.rundir import RunDir, read_json, to_json, write_bytes, write_json
+from g4trainer.rundir import RunDir, read_json, remove_remains, to_json, write_bytes, write_json
 from g4trainer.trainer import RunTrainer
 
 log = logging.getLogger(__name__)
 EvaluationName = Literal["baseline", "final"]
+PADDING = {"cuda": 64, "cpu": 1}
+"""Training batches are padded to a multiple of this length: a compiled layer has a graph for each."""
 
 
 def run_attempt(run: RunDir, deadline: Deadline) -> ExitCode:
@@ -58,7 +61,7 @@ def run_attempt(run: RunDir, deadline: Deadline) -> ExitCode:
     try:
         with (
             Claim(run, interval_s=interval_s) as claim,
-            Publisher(interval_s, closing_s=deadline.closing_s) as publisher,
+            Publisher(interval_s, closing_s=deadline.closing_s, allowed=claim.is_ours) as publisher,
         ):
             status = Status(run.status, publisher, attempt=claim.attempt)
             try:
@@ -135,7 +138,9 @@ class Attempt:
         code = ended_for_good(self.run)
         if code is not None:
             raise RunEnded(self.run.run_id, code)
-        self.publisher.open()
+        if not self.publisher.opened:
+            remove_remains(self.run)
+            self.publisher.open()
 
     def load(self) -> None:
         """Data, base model and adapter, which only reads; then the plan, once it is known what they need."""
@@ -155,9 +160,14 @@ class Attempt:
         folder = _staged(root / "models" / recipe.model.id)
         processor = load_processor(folder)
         self.collator = Collator(
-            processor, max_soft_tokens=recipe.model.max_soft_tokens, supervise=recipe.data.supervise
+            processor,
+            max_soft_tokens=recipe.model.max_soft_tokens,
+            supervise=recipe.data.supervise,
+            pad_to_multiple_of=PADDING[self.device.type],
         )
         base = load_base(folder, recipe.model, device=self.device)
+        tokens = len(self.collator.encode(self.splits.train[0]).input_ids)
+        choose_attention(base, recipe.model.attn_implementation, tokens=tokens, device=self.device)
         self.deadline.check()
         set_seed(recipe.training.seed)
         self.model = attach_lora(base, recipe.lora, base_model=recipe.model.id)

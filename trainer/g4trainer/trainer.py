@@ -107,7 +107,7 @@ class RunTrainer(Trainer):
         self.plan, self.run, self.recipe_hash, self.load_best = plan, run, recipe_hash, load_best
         self.claim, self.deadline, self.status, self.metrics = claim, deadline, status, metrics
         self.progress = Progress()
-        self.writer = CheckpointWriter(run.checkpoints, recipe_hash, claim.name)
+        self.writer = CheckpointWriter(run.checkpoints, recipe_hash, claim)
         self.stopped: str | None = None
         self._resumed: Checkpoint | None = None
         self._samples_of_step = 0
@@ -322,13 +322,12 @@ class RunTrainer(Trainer):
         self._globalstep_last_logged = self.progress.logged_step
         if self.progress.validation_owed:
             self.evaluate()
-            if self.progress.validation_owed:
-                raise Interrupted(
-                    f"stopped while validating step {self.state.global_step}: {self.stopped}.", NO_PROGRESS
-                )
+        if self.progress.validation_owed:
+            raise Interrupted(f"stopped while validating step {self.state.global_step}: {self.stopped}.", NO_PROGRESS)
 
     def step_finished(self) -> None:
         """Counts a step, and asks for validation, a checkpoint or the end where it is time."""
+        self.claim.check()
         took = time.monotonic() - self._mark
         step, total = self.state.global_step, self.plan.total_steps
         self._recent_steps.append(took)

@@ -1,0 +1,150 @@
+"""What a test may ask of an attempt before it starts; each is called in the forked process."""
+
+import datetime
+import importlib
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+def part(name: str) -> Any:
+    """A module of the trainer, or `module.Class`, to be changed."""
+    module, _, inner = name.partition(".")
+    found = importlib.import_module(f"g4trainer.{module}")
+    return getattr(found, inner) if inner else found
+
+
+def memory_for(samples: int, answers: int) -> None:
+    """Training runs out of memory above so many samples at once, evaluation above so many answers."""
+    trainer, generator = part("trainer.RunTrainer"), part("evaluate.Generator")
+    step, answer = trainer.training_step, generator.answer
+
+    def limited_step(self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
+        checkpointed = self.plan.activation_checkpointing == "full"
+        if len(inputs["input_ids"]) > samples + checkpointed:
+            raise torch.OutOfMemoryError("simulated")
+        return step(self, model, inputs, *arguments)
+
+    def limited_answer(self: Any, examples: Any) -> Any:
+        if len(examples) > answers:
+            raise torch.OutOfMemoryError("simulated")
+        return answer(self, examples)
+
+    trainer.training_step, generator.answer = limited_step, limited_answer
+
+
+def infinite_loss_at(step: int) -> None:
+    trainer = part("trainer.RunTrainer")
+    summed = trainer._summed_loss
+
+    def infinite(self: Any, model: Any, inputs: Any) -> Any:
+        loss, outputs = summed(self, model, inputs)
+        return (loss * float("nan") if model.training and self.state.global_step + 1 == step else loss), outputs
+
+    trainer._summed_loss = infinite
+
+
+def bug_at(step: int) -> None:
+    """An exception that nobody expects."""
+    trainer = part("trainer.RunTrainer")
+    finished = trainer.step_finished
+
+    def broken(self: Any) -> None:
+        if self.state.global_step == step:
+            raise ZeroDivisionError("a bug")
+        finished(self)
+
+    trainer.step_finished = broken
+
+
+def signal_at(step: int, *names: str) -> None:
+    """The process gets signals at the beginning of a step."""
+    trainer = part("trainer.RunTrainer")
+    training_step = trainer.training_step
+
+    def signalled(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step + 1 == step and not self._samples_of_step:  # at its first micro-batch
+            for name in names:
+                os.kill(os.getpid(), signal.Signals[name])
+                time.sleep(0.05)
+        return training_step(self, *arguments)
+
+    trainer.training_step = signalled
+
+
+def signal_in(where: str, name: str) -> None:
+    """The process gets a signal when it begins to `load`, `answer` or `validate`."""
+    name_of, function = {
+        "load": ("train", "load_processor"),
+        "answer": ("evaluate.Generator", "answer"),
+        "validate": ("trainer.RunTrainer", "evaluate"),
+    }[where]
+    owner = part(name_of)
+    original = getattr(owner, function)
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.Signals[name])
+        time.sleep(0.05)
+        return original(*arguments, **options)
+
+    setattr(owner, function, signalled)
+
+
+def hang_in_load() -> None:
+    """Loading takes for ever, in one call that does not come back to Python's main thread."""
+
+    def hang(*_: Any) -> None:
+        print("hanging", flush=True)
+        while True:
+            torch.ones(2_000, 2_000) @ torch.ones(2_000, 2_000)
+
+    part("train").load_processor = hang
+
+
+def slow_steps(seconds: float) -> None:
+    trainer = part("trainer.RunTrainer")
+    step = trainer.training_step
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return step(self, *arguments)
+
+    trainer.training_step = slow
+
+
+def clock_jumps() -> None:
+    """The wall clock jumps by up to four months, back and forth, whenever somebody looks."""
+    jumps = random.Random(1)
+    real_time = time.time
+
+    class Jumping(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.datetime.now(tz) + datetime.timedelta(seconds=jumps.uniform(-1e7, 1e7))
+
+    time.time = lambda: real_time() + jumps.uniform(-1e7, 1e7)
+    part("metrics").datetime = SimpleNamespace(datetime=Jumping, UTC=datetime.UTC)
+
+
+def log_every(steps: int) -> None:
+    """A line of metrics stands for several steps, as in runs of more than 400."""
+    train = part("train")
+    choose = train.choose_plan
+    train.choose_plan = lambda *arguments, **options: replace(choose(*arguments, **options), logging_steps=steps)
+
+
+def data_workers(count: int) -> None:
+    """Images are decoded in processes of their own, as beside a GPU; the attempt leads its own process group."""
+    os.setpgid(0, 0)
+    part("planner").DATALOADER_WORKERS["cpu"] = count
+
+
+def checkpoints_take(seconds: float) -> None:
+    """What a checkpoint is expected to take."""
+    part("checkpoint_writer.CheckpointWriter").expected_s = lambda _: seconds
