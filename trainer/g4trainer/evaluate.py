@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from g4trainer.collator import END_OF_TURN, Collator
+from g4trainer.collator import Collator
 from g4trainer.dataset import DataError, Example
+from g4trainer.gemma import END_OF_TURN
 
 UNKNOWN = "(unknown)"
 """Column of the confusion matrix for answers that name no label."""
 CHAT_MAX_NEW_TOKENS = 256
+UNSPACED = ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""Scripts without blanks between words, besides the wide ones of East Asia; by the names of their characters."""
 Z_95 = 1.959963984540054
 """Quantile of the normal distribution for a two-sided 95 % interval."""
 
@@ -43,7 +47,8 @@ class Generator:
         self.model = model
         self.collator = collator
         self.labels = labels
-        self.max_new_tokens = max_new_tokens
+        # A constrained answer that is cut off would name no label.
+        self.max_new_tokens = max(max_new_tokens, longest_answer(collator, labels)) if constrained else max_new_tokens
         self.trie = label_trie(collator, labels) if constrained else None
 
     @torch.inference_mode()
@@ -54,17 +59,19 @@ class Generator:
         width = batch["input_ids"].shape[1]
         tokenizer = self.collator.tokenizer
         constraint = {"prefix_allowed_tokens_fn": self._allowed(width)} if self.trie else {}
-        generated = self.model.generate(
-            **batch,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=[self.collator.end_of_turn_id, tokenizer.eos_token_id],
-            pad_token_id=tokenizer.pad_token_id,
-            **constraint,
-        )
-        texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=False)
-        return [_until_end_of_turn(text, tokenizer) for text in texts]
+        # Every answered token has another cache length, for which compiled layers would be compiled anew.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            generated = self.model.generate(
+                **batch,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=[self.collator.end_of_turn_id, tokenizer.eos_token_id],
+                pad_token_id=tokenizer.pad_token_id,
+                **constraint,
+            )
+        return [_until_end_of_turn(self.collator.text_of(row), tokenizer) for row in generated[:, width:].tolist()]
 
     def _allowed(self, width: int) -> Callable[[int, torch.Tensor], list[int]]:
         """For generate: the tokens that may follow, from a trie of the label names."""
@@ -124,15 +131,35 @@ def predict(
 
 
 def match_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that a text says: the whole text, else the longest label name that stands in it as whole words."""
-    folded = text.strip().rstrip(".").casefold()
-    exact = {label.casefold(): label for label in labels}
-    if folded in exact:
-        return exact[folded]
-    for name in sorted(exact, key=len, reverse=True):
-        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", folded):
-            return exact[name]
-    return None
+    """The label that a text says: the whole text, else the longest label name that stands in it as whole words.
+
+    Case, underscores for blanks and a final full stop make no difference, unless that would make two labels one.
+    """
+    normalize = _loosely if len({_loosely(label) for label in labels}) == len(labels) else str.casefold
+    names = {normalize(label): label for label in labels}
+    said = normalize(text.strip())
+    for whole in (said, said.rstrip(".")):
+        if whole in names:
+            return names[whole]
+    return next(
+        (names[name] for name in sorted(names, key=len, reverse=True) if re.search(_whole_words(name), said)), None
+    )
+
+
+def _loosely(text: str) -> str:
+    return " ".join(text.casefold().replace("_", " ").split())
+
+
+def _whole_words(name: str) -> str:
+    """A pattern for a name that no letter or digit touches; in scripts written without blanks, for the name itself."""
+    before = "" if _unspaced(name[0]) else r"(?<!\w)"
+    after = "" if _unspaced(name[-1]) else r"(?!\w)"
+    return f"{before}{re.escape(name)}{after}"
+
+
+def _unspaced(character: str) -> bool:
+    """Whether the character belongs to a script whose words no blank separates."""
+    return unicodedata.east_asian_width(character) in "WF" or unicodedata.name(character, "").startswith(UNSPACED)
 
 
 def score(predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, Any]:
