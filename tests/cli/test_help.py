@@ -27,7 +27,7 @@ ALL = leaves(cli, "g4kit")
 
 def test_all_commands_were_found() -> None:
     assert {name.split()[1] for name, _ in ALL} == set(COMMANDS)
-    assert len(ALL) == 10
+    assert len(ALL) >= len(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

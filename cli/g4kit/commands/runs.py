@@ -1,5 +1,6 @@
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 import click
 
@@ -8,7 +9,12 @@ from g4kit.options import RunId, json_option, target_option
 from g4kit.output import print_data, print_json, say, table
 from g4kit.targets import open_cloud
 
+if TYPE_CHECKING:
+    from g4kit.runs import RunView
+
 WATCH_INTERVAL_S = 2.0
+SPARKLINES = 20
+"""Runs whose loss the list draws, the newest: each one is a few more objects to read."""
 
 
 @click.command("runs", short_help="List runs, or show one of them.")
@@ -51,14 +57,23 @@ def _show_one(cloud: Cloud, run_id: str, watch: bool, as_json: bool) -> None:
         return
     rows = [(key, value) for key, value in dataclasses.asdict(view).items() if value not in (None, "", [], {})]
     print_data("\n".join(f"{key:<20} {value}" for key, value in rows if key != "results"))
+    line = _loss_of(cloud, run_id, view.step)
+    if line:
+        print_data(f"{'loss_by_step':<20} {line}")
     for when in ("baseline", "final"):
         accuracy = view.accuracy(when)
         if accuracy is not None:
             print_data(f"{when + '_accuracy':<20} {accuracy:.4f}")
 
 
+def _loss_of(cloud: Cloud, run_id: str, step: int | None) -> str:
+    """A sparkline of the training loss; empty for a run that has not trained."""
+    from g4kit.losses import sparkline, training_losses
+
+    return sparkline(training_losses(cloud.bucket, run_id)) if step else ""
+
+
 def _show_all(cloud: Cloud, watch: bool, as_json: bool) -> None:
-    from g4kit.following import describe
     from g4kit.runs import list_runs
 
     while True:
@@ -69,9 +84,21 @@ def _show_all(cloud: Cloud, watch: bool, as_json: bool) -> None:
         if watch:
             click.clear()
         if views:
-            print_data(table(("RUN", "STATE"), [(view.run_id, describe(view)) for view in views]))
+            print_data(_list(cloud, views))
         else:
             say("no runs yet; write: g4kit launch recipes/digits-tiny.toml")
         if not watch:
             return
         time.sleep(WATCH_INTERVAL_S)
+
+
+def _list(cloud: Cloud, views: "list[RunView]") -> str:
+    """A line a run; the column of losses only where a run has any."""
+    from g4kit.following import describe
+
+    losses = [_loss_of(cloud, view.run_id, view.step) for view in views[:SPARKLINES]]
+    losses += [""] * (len(views) - len(losses))
+    if not any(losses):
+        return table(("RUN", "STATE"), [(view.run_id, describe(view)) for view in views])
+    rows = [(view.run_id, loss, describe(view)) for view, loss in zip(views, losses, strict=True)]
+    return table(("RUN", "LOSS", "STATE"), rows)
