@@ -133,26 +133,28 @@ def _open_split(folder: Path, split: str, data: Data) -> tuple[datasets.Iterable
     parquet = [p for p in files if p.suffix == ".parquet" and p.name.startswith(split)]
     jsonl = [p for p in files if p.name == f"{split}.jsonl" and p.parent in (folder, folder / "data")]
     images = folder / split
+    options: dict[str, Any]
+    base = folder
+    if parquet:
+        options = {"path": "parquet", "data_files": [str(path) for path in parquet]}
+    elif jsonl and data.task == "chat":
+        options = {"path": "json", "data_files": [str(path) for path in jsonl]}
+        base = jsonl[0].parent
+    elif images.is_dir():
+        options = {"path": "imagefolder", "data_dir": str(images)}
+    else:
+        raise _missing(folder, split, data, files)
     try:
-        if parquet:
-            names = [str(path) for path in parquet]
-            return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True), folder
-        if jsonl and data.task == "chat":
-            names = [str(path) for path in jsonl]
-            return datasets.load_dataset("json", data_files=names, split="train", streaming=True), jsonl[0].parent
-        if images.is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=str(images), split="train", streaming=True), folder
-    except datasets.exceptions.EmptyDatasetError:
-        raise DataError(f"{folder}: the {split} split is empty; stage at least one sample of it.") from None
+        table = datasets.load_dataset(split="train", streaming=True, **options)
+        if table.column_names is None:  # the first row could not be read to learn them
+            next(iter(table))
+    except datasets.data_files.EmptyDatasetError:
+        raise _empty(folder, split) from None
     except UNREADABLE as error:
         raise _unreadable(folder, split, error) from error
-    wanted = (
-        f"{split}.jsonl or {split}.parquet" if data.task == "chat" else f"{split}.parquet, or a folder {split}/<label>/"
-    )
-    found = ", ".join(path.relative_to(folder).as_posix() for path in files[:5]) or "nothing"
-    raise DataError(
-        f'{folder}: no {split} split for data.task = "{data.task}"; got {found}. Stage a data set with {wanted}.'
-    )
+    if not table.column_names:
+        raise _empty(folder, split)
+    return table, base
 
 
 def _stream(table: datasets.IterableDataset, folder: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -168,7 +170,20 @@ def _stream(table: datasets.IterableDataset, folder: Path, split: str) -> Iterat
         yield f"{split}/{number}", row
         number += 1
     if number == 0:
-        raise DataError(f"{folder}: the {split} split is empty; stage at least one sample of it.")
+        raise _empty(folder, split)
+
+
+def _missing(folder: Path, split: str, data: Data, files: Sequence[Path]) -> DataError:
+    forms = {"chat": f"{split}.jsonl or {split}.parquet", "classify": f"{split}.parquet, or a folder {split}/<label>/"}
+    found = ", ".join(path.relative_to(folder).as_posix() for path in files[:5]) or "nothing"
+    return DataError(
+        f'{folder}: no {split} split for data.task = "{data.task}"; got {found}. '
+        f"Stage a data set with {forms[data.task]}."
+    )
+
+
+def _empty(folder: Path, split: str) -> DataError:
+    return DataError(f"{folder}: the {split} split is empty; stage at least one sample of it.")
 
 
 def _unreadable(folder: Path, split: str, error: Exception) -> DataError:
@@ -285,7 +300,7 @@ def _column(table: datasets.IterableDataset, name: str, option: str) -> None:
 
 def _holds_paths(feature: Any) -> bool:
     inner = getattr(feature, "feature", feature)
-    return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
+    return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string", "null")
 
 
 def _undecoded(table: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
