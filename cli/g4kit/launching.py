@@ -1,6 +1,7 @@
 """Starting runs: decided as a plan, then written create-only, so that nothing is ever started twice."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import secrets
@@ -11,8 +12,11 @@ from typing import Any
 from g4kit import __version__
 from g4kit.cloud.base import Bucket, Cloud, Execution, JobRequest, ObjectNotFoundError, PreconditionError, now
 from g4kit.errors import UserError
+from g4kit.estimating import Estimate
+from g4kit.pricing import within_budget
 from g4kit.runs import DamagedError, not_found, read_document, read_run, require_run, run_folder
 from g4kit.staging import BUILTIN, FOLDERS, staged_problems
+from g4trainer.planner import with_changes
 from g4trainer.recipe import FrozenRecipe, Recipe, RecipeError, load_recipe
 from g4trainer.rundir import new_run_id
 
@@ -32,6 +36,8 @@ class LaunchPlan:
     target: str
     path: str
     """The run directory as the job sees it."""
+    prices: dict[str, Any] | None = None
+    """Frozen into recipe.json, with the estimate and the cap on the cost; None where nothing is billed."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,25 @@ def plan_launch(cloud: Cloud, recipe_path: Path, overrides: tuple[str, ...], run
     return plan
 
 
+def priced(plan: LaunchPlan, estimate: Estimate, max_cost: float | None) -> LaunchPlan:
+    """The plan with its prices; with a cap on the cost, its timeout and attempts lowered until the worst is within.
+
+    Raises BudgetError where the cap leaves too little.
+    """
+    if estimate.prices is None or max_cost is None:
+        return dataclasses.replace(plan, prices=estimate.frozen(max_cost))
+    job = plan.recipe.job
+    timeout_s, attempts = within_budget(
+        estimate.prices,
+        max_cost,
+        timeout_s=job.timeout_s,
+        max_attempts=job.max_attempts,
+        fewer_attempts=plan.target != "cloudrun",  # there retries are the job's own and cannot be overridden
+    )
+    capped = with_changes(plan.recipe, [f"job.timeout_s={timeout_s}", f"job.max_attempts={attempts}"])
+    return dataclasses.replace(plan, recipe=capped, prices=estimate.frozen(max_cost))
+
+
 def launch(cloud: Cloud, plan: LaunchPlan) -> Execution:
     """Writes the run directory and starts it; a run that is there with the same recipe is returned, or started.
 
@@ -73,6 +98,7 @@ def launch(cloud: Cloud, plan: LaunchPlan) -> Execution:
         created_at=now().isoformat(timespec="seconds"),
         g4kit_version=__version__,
         target=plan.target,
+        prices=plan.prices,
     )
     document = (frozen.model_dump_json(indent=2) + "\n").encode()
     try:

@@ -176,8 +176,8 @@ USD, {region}, as seen in {as_of}. Other regions differ; Google's pages have the
 {jobs}
 
 A vCPU costs {vcpu} and a GiB of memory {gib} USD a second. An instance is billed for its life, {minimum} s at least:
-loading the model counts, waiting for a GPU does not. Standard storage is {storage} USD a GiB and month; what a run writes
-there (checkpoints, adapter) is small beside the base model. The local target costs nothing.
+loading the model counts, waiting for a GPU does not. Standard storage is {storage} USD a GiB and month; what a run
+writes there (checkpoints, adapter) is small beside the base model. The local target costs nothing.
 
 The GPUs of Vertex AI have no price here: their machines differ by region and contract. Estimates for them give memory
 and time.
@@ -190,8 +190,8 @@ and time.
 | from, to | the same at the time's lower and upper bound |
 | at worst | `job.max_attempts` attempts that each run to `job.timeout_s` |
 
-`--max-cost USD` caps the worst case: it lowers the number of attempts, then the timeout. Cloud Run's retries belong to the
-job that Terraform made, so there it lowers the timeout alone, for `job.max_attempts` attempts. What it comes to is
+`--max-cost USD` caps the worst case: it lowers the number of attempts, then the timeout. Cloud Run's retries belong to
+the job that Terraform made, so there it lowers the timeout alone, for `job.max_attempts` attempts. What it comes to is
 written into the run's `recipe.json`, and the trainer stops before that timeout.
 
 ## How memory and time are predicted

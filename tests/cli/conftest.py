@@ -1,5 +1,6 @@
 """A bucket in a temporary folder, the stand-in trainer, and commands run in this process."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cli.bench import RECIPE, STANDIN, Bench
+from cli.bench import RECIPE, STANDIN, Bench, tiny_config
 from contract.waiting import wait
 from g4kit import following
 from g4kit.cloud.local import LocalCloud
@@ -39,7 +40,7 @@ def g4kit(bare: Bench) -> Bench:
         source = bare.folder / "sources" / name
         source.mkdir(parents=True)
         (source / file).write_bytes(os.urandom(1000))
-        (source / "config.json").write_text("{}")
+        (source / "config.json").write_text(json.dumps(tiny_config()))
         stage(bare.cloud.bucket, kind, str(source), name, trainer=(), say=lambda _: None)
     return bare
 

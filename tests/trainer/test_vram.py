@@ -45,7 +45,7 @@ def test_the_bytes_of_a_tiny_model_are_those_that_torch_counts(
     folder = tiny_folder(like)
     config = json.loads((folder / "config.json").read_text())
     settings = recipe(lora={"r": 8, "lora_alpha": 8})
-    counted = vram.Model(settings, config, unquantized_bytes=FP32)
+    counted = vram.Model(settings, config, number_bytes=FP32)
     tensors = tensors_of(base_model(folder))
     assert any(tensor.dtype == torch.uint8 for tensor in tensors)
     assert sum(counted.weights.values()) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)

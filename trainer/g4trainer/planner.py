@@ -11,7 +11,7 @@ from g4trainer.gemma import SOFT_TOKENS
 from g4trainer.recipe import Recipe, parse_recipe
 from g4trainer.vram import Checkpointing
 
-MAX_CPU_MICRO_BATCH = 32
+MAX_CPU_MICRO_BATCH, CPU_EVALUATION_BATCH = 32, 64
 """On a CPU larger batches save nothing and take memory."""
 EVALUATIONS_A_RUN = 10
 LOG_LINES_A_RUN = 400
@@ -175,6 +175,22 @@ def best_fit(model: vram.Model, shape: vram.Shape, free_bytes: int) -> Fit:
     best = min(fitting, key=seconds) if fitting else min(settings, key=lambda setting: setting[2].total)
     batch = _evaluation_batch(model, shape, free_bytes)
     return Fit(*best[:2], batch, best[2], evaluation_memory(model, shape, batch), free_bytes)
+
+
+def cpu_fit(model: vram.Model, shape: vram.Shape, free_bytes: int) -> Fit:
+    """What a run on a CPU takes, in fp32: its choices do not go by memory.
+
+    model: made with number_bytes=4.
+    """
+    recipe = model.recipe
+    training = recipe.training
+    stated, batch = training.per_device_train_batch_size, recipe.evaluation.batch_size
+    micro = largest_divisor(training.effective_batch_size, MAX_CPU_MICRO_BATCH) if stated == "auto" else stated
+    checkpointing = "none" if training.activation_checkpointing == "auto" else training.activation_checkpointing
+    step = vram.Step(micro, checkpointing, "sdpa", training.effective_batch_size > micro, compiled=False)
+    batch = CPU_EVALUATION_BATCH if batch == "auto" else batch
+    peak = vram.with_reserve(vram.training(model, shape, step))
+    return Fit(micro, checkpointing, batch, peak, evaluation_memory(model, shape, batch), free_bytes)
 
 
 def training_memory(model: vram.Model, shape: vram.Shape, micro: int, checkpointing: Checkpointing) -> vram.Memory:

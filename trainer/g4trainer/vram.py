@@ -91,7 +91,7 @@ class Layer:
 
     kind: Literal["text", "vision"]
     kept: int
-    """Bytes a token (or patch) in bf16, attention scores apart."""
+    """Bytes a token (or patch), attention scores apart."""
     heads: int
     keys: int
     """Bytes a token that its keys and values take in the generation cache; 0 where it uses another layer's."""
@@ -100,8 +100,8 @@ class Layer:
 class Model:
     """A model with its adapters, in bytes. config: a parsed config.json. Raises ValueError where it is no Gemma 4."""
 
-    def __init__(self, recipe: Recipe, config: Mapping[str, Any], *, unquantized_bytes: int = BF16) -> None:
-        """unquantized_bytes: of each weight that is not quantized: 2 on a GPU, 4 on a CPU."""
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any], *, number_bytes: int = BF16) -> None:
+        """number_bytes: of each weight that is not quantized, and of each activation: 2 on a GPU, 4 on a CPU."""
         self.facts = gemma.facts_of(config)
         self.recipe = recipe
         linears = self.facts.linears
@@ -112,11 +112,11 @@ class Model:
         kept = self.facts.parameters - sum(one.parameters for one in self.quantized)
         self.weights = {
             "weights in NF4": sum(map(_nf4_bytes, self.quantized)),
-            "unquantized weights": (kept - self.facts.expert_parameters) * unquantized_bytes,
-            "experts": self.facts.expert_parameters * unquantized_bytes,
+            "unquantized weights": (kept - self.facts.expert_parameters) * number_bytes,
+            "experts": self.facts.expert_parameters * number_bytes,
         }
         self.largest_matrix = max(one.parameters for one in linears) * BF16
-        self.layers = _layers(self.facts, config, recipe.lora.r)
+        self.layers = _layers(self.facts, config, recipe.lora.r, number_bytes)
         text = config["text_config"]
         experts = text.get("num_experts") or 0
         self.expert_share = text.get("top_k_experts", 0) / experts if experts else 0.0
@@ -221,7 +221,7 @@ def _input_of(layer: Layer, model: Model, shape: Shape) -> int:
     return BF16 * (shape.tokens * model.width if layer.kind == "text" else shape.patches * model.vision_width)
 
 
-def _layers(facts: gemma.ModelFacts, config: Mapping[str, Any], r: int) -> tuple[Layer, ...]:
+def _layers(facts: gemma.ModelFacts, config: Mapping[str, Any], r: int, number_bytes: int) -> tuple[Layer, ...]:
     """Every text and vision layer, in the order of the model, from the names and shapes of its linear modules."""
     by_layer: dict[str, dict[str, gemma.Linear]] = {}
     for linear in facts.linears:
@@ -230,13 +230,19 @@ def _layers(facts: gemma.ModelFacts, config: Mapping[str, Any], r: int) -> tuple
             by_layer.setdefault(found[1], {})[found[2].rpartition(".")[2]] = linear
     text, vision = config["text_config"], config["vision_config"]
     return tuple(
-        _layer("vision", linears, vision, r) if "vision_tower" in name else _layer("text", linears, text, r)
+        _layer("vision", linears, vision, r, number_bytes)
+        if "vision_tower" in name
+        else _layer("text", linears, text, r, number_bytes)
         for name, linears in by_layer.items()
     )
 
 
 def _layer(
-    kind: Literal["text", "vision"], linears: Mapping[str, gemma.Linear], settings: Mapping[str, Any], r: int
+    kind: Literal["text", "vision"],
+    linears: Mapping[str, gemma.Linear],
+    settings: Mapping[str, Any],
+    r: int,
+    number_bytes: int,
 ) -> Layer:
     """Counts what the backward pass needs: inputs of linear modules (for LoRA), and of norms and products.
 
@@ -255,9 +261,9 @@ def _layer(
         elements += chosen * (2 * width + 3 * inner) + 2 * width
     return Layer(
         kind=kind,
-        kept=elements * BF16,
+        kept=elements * number_bytes,
         heads=int(settings["num_attention_heads"]),
-        keys=2 * keys * BF16 if kind == "text" else 0,
+        keys=2 * keys * number_bytes if kind == "text" else 0,
     )
 
 

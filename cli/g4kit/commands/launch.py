@@ -15,6 +15,9 @@ from g4kit.targets import open_cloud
 @click.option("--wait", is_flag=True, help="Follow to the end; exit with the trainer's code.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@click.option(
+    "--max-cost", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="Never spend more on one execution."
+)
 @target_option
 @json_option
 def command(
@@ -24,31 +27,48 @@ def command(
     wait: bool,
     dry_run: bool,
     yes: bool,
+    max_cost: float | None,
     target: str | None,
     as_json: bool,
 ) -> None:
     """Start a fine-tuning run from a recipe, a TOML file.
 
-    Prints the run id on stdout, and how to follow, cancel and fetch on stderr.
+    Prints the plan with its predicted memory, time and price on stderr, and refuses what does not fit. Then the run id
+    on stdout, and how to follow, cancel and fetch on stderr.
 
     \b
     Examples:
       g4kit launch recipes/digits-tiny.toml --wait
       g4kit launch recipes/digits-tiny.toml --set training.learning_rate=1e-3 --dry-run
     """
-    from g4kit.launching import launch, plan_launch
+    from g4kit import estimate_text
+    from g4kit.estimating_inputs import estimate_for
+    from g4kit.launching import launch, plan_launch, priced
     from g4kit.waiting import print_started, wait_and_exit
 
     cloud = open_cloud(target)
     plan = plan_launch(cloud, recipe, overrides, run_id)
+    estimate = estimate_for(cloud.bucket, plan.recipe, on_this_machine=cloud.target == "local")
+    say(estimate_text.text(estimate))
+    estimate.refuse()
+    plan = priced(plan, estimate, max_cost)
+    if plan.recipe != estimate.recipe:
+        job = plan.recipe.job
+        say(f"--max-cost {max_cost:g}: at most {job.max_attempts} attempts of {job.timeout_s} s")
     if dry_run:
-        document = dataclasses.asdict(plan) | {"recipe": plan.recipe.model_dump(mode="json"), "hash": plan.recipe.hash}
+        document = dataclasses.asdict(plan) | {
+            "recipe": plan.recipe.model_dump(mode="json"),
+            "hash": plan.recipe.hash,
+            "estimate": estimate.to_json(),
+        }
         say("dry run: everything needed is there; nothing was started")
         if as_json:
             print_json(document)
         else:
             print_data(plan.run_id)
         return
+    if estimate.prices and not yes:
+        click.confirm("start it?", abort=True, err=True)
     execution = launch(cloud, plan)
     say(f"run {plan.run_id}: {execution.state}, execution {execution.name}")
     if wait:

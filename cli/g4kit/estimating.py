@@ -1,0 +1,236 @@
+"""What a run will take of memory, time and money, before it starts: read, decide, describe."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from g4kit import pricing
+from g4kit.cloud.base import Bucket, ObjectNotFoundError
+from g4kit.errors import FailedError, UserError
+from g4kit.machine import Hardware, of_accelerator
+from g4trainer import gemma, planner, timing, vram
+from g4trainer.limits import ACCELERATORS, job_warnings
+from g4trainer.recipe import Recipe
+
+PUBLISHED = re.compile(r"gemma-4-(E2B|E4B|26B-A4B|31B)(?![0-9A-Za-z])", re.IGNORECASE)
+KNOWN_DATA: Mapping[str, tuple[int, int]] = {"oxford-iiit-pet": (3680, 3669), "digits": (1400, 397)}
+"""Images to train and to test on: what "all" is, of data sets whose size is known without reading them."""
+
+
+class DoesNotFitError(FailedError):
+    """A recipe that needs more memory than there is."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    recipe: Recipe
+    hardware: Hardware
+    fit: planner.Fit
+    accumulation: int
+    tokens: int
+    """Of a sample, as expected."""
+    samples: timing.Samples | None
+    """None where the data set's size is not known before it is read."""
+    time: timing.Time | None
+    """None where it does not fit, on hardware whose rates are not known, or without the number of samples."""
+    prices: pricing.Prices | None
+    cost: pricing.Cost | None
+    nearest: tuple[str, ...]
+    """Changes of the recipe that make it fit, where it does not."""
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.fit.fits
+
+    def refuse(self) -> None:
+        """Raises DoesNotFitError, with the nearest setting that fits, where it does not fit."""
+        if self.fits:
+            return
+        fit, card = self.fit, self.hardware.title
+        what = "evaluation" if fit.training.total <= fit.free_bytes else "training"
+        raise DoesNotFitError(
+            f"{self.recipe.name}: {what} needs {_gib(fit.needed)}, and {card} has {_gib(fit.free_bytes)} free; "
+            + (f"write {_options(self.nearest[0])}." if self.nearest else "write a larger job.accelerator.")
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        fit = self.fit
+        return {
+            "recipe": self.recipe.name,
+            "model": self.recipe.model.id,
+            "hardware": dataclasses.asdict(self.hardware),
+            "fits": self.fits,
+            "memory": {
+                "training_bytes": fit.training.total,
+                "evaluation_bytes": fit.evaluation.total,
+                "free_bytes": fit.free_bytes,
+                "peak": fit.training.moment,
+                "parts": dict(fit.training.parts),
+            },
+            "plan": {
+                "per_device_train_batch_size": fit.micro_batch,
+                "gradient_accumulation_steps": self.accumulation,
+                "activation_checkpointing": fit.activation_checkpointing,
+                "evaluation_batch_size": fit.evaluation_batch_size,
+            },
+            "tokens_a_sample": self.tokens,
+            "samples": dataclasses.asdict(self.samples) if self.samples else None,
+            "time": dict(timing.describe(self.time)) if self.time else None,
+            "prices": self.prices.to_json() if self.prices else None,
+            "cost_usd": self.cost.to_json() if self.cost else None,
+            "nearest": list(self.nearest),
+            "warnings": list(self.warnings),
+        }
+
+    def frozen(self, max_cost: float | None) -> dict[str, Any] | None:
+        """What recipe.json keeps of it, so that the bill can be compared; None where nothing is billed."""
+        if self.prices is None:
+            return None
+        expected = {"estimate_usd": self.cost.to_json()} if self.cost else {}
+        cap = {} if max_cost is None else {"max_cost_usd": max_cost}
+        return {**self.prices.to_json(), **expected, **cap}
+
+
+def estimate(
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    hardware: Hardware,
+    *,
+    prices: pricing.Prices | None,
+    samples: timing.Samples | None,
+) -> Estimate:
+    """Decides on the plan and predicts; reads nothing. prices: None where nothing is billed, or no price is known."""
+    if hardware.accelerator and hardware.accelerator != recipe.job.accelerator:
+        planned = planner.with_changes(recipe, [f'job.accelerator="{hardware.accelerator}"'])
+    else:
+        planned = recipe
+    model = vram.Model(planned, config, number_bytes=vram.BF16 if hardware.is_gpu else vram.FP32)
+    shape = model.shape(planner.expected_text_tokens(recipe))
+    choose = planner.best_fit if hardware.is_gpu else planner.cpu_fit
+    fit = choose(model, shape, hardware.free_bytes)
+    share = recipe.training.effective_batch_size // recipe.job.gpus
+    time = None
+    if fit.fits and hardware.accelerator and samples:
+        time = timing.estimate_time(
+            planned,
+            model,
+            shape,
+            samples,
+            micro_batch=fit.micro_batch,
+            checkpointing=fit.activation_checkpointing,
+            evaluation_batch_size=fit.evaluation_batch_size,
+            evaluations=planner.EVALUATIONS_A_RUN if samples.validation else 0,
+            card_name=hardware.accelerator,
+        )
+    job = recipe.job
+    cost = None
+    if time and prices:
+        cost = pricing.cost_of(prices, time, timeout_s=job.timeout_s, max_attempts=job.max_attempts)
+    return Estimate(
+        recipe=recipe,
+        hardware=hardware,
+        fit=fit,
+        accumulation=share // fit.micro_batch,
+        tokens=shape.tokens,
+        samples=samples,
+        time=time,
+        prices=prices,
+        cost=cost,
+        nearest=() if fit.fits else tuple(_nearest(planned, config, hardware)),
+        warnings=tuple(_warnings(recipe, hardware, time, samples)) if fit.fits else (),
+    )
+
+
+def read_config(bucket: Bucket, recipe: Recipe) -> dict[str, Any]:
+    """config.json of the staged model, else that of the published size its id names. Raises UserError."""
+    name = f"models/{recipe.model.id}/config.json"
+    try:
+        config = json.loads(bucket.read(name))
+        gemma.facts_of(config, source=f"{bucket.url}/{name}")
+    except ObjectNotFoundError:
+        found = PUBLISHED.search(recipe.model.id)
+        if found:
+            sizes: dict[str, gemma.Size] = {"e2b": "E2B", "e4b": "E4B", "26b-a4b": "26B-A4B", "31b": "31B"}
+            return gemma.true_config(sizes[found[1].lower()])
+        raise UserError(
+            f'model.id: got "{recipe.model.id}", which is neither staged in {bucket.url} nor a published size; '
+            f"write: g4kit stage model SOURCE --name {recipe.model.id}, or an id such as gemma-4-31B-it."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{bucket.url}/{name}: damaged: {error}; stage the model again.") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{bucket.url}/{name}: is no Gemma 4's: {error}; stage a Gemma 4.") from error
+    return dict(config)
+
+
+def expected_samples(recipe: Recipe) -> timing.Samples | None:
+    """How many images a run sees, as far as the recipe says or the data set is known; None where it is not."""
+    known = KNOWN_DATA.get(recipe.data.dataset)
+    train, test = (
+        stated if stated != "all" else (known[part] if known else None)
+        for part, stated in enumerate((recipe.data.train_size, recipe.data.test_size))
+    )
+    if train is None or test is None:
+        return None
+    validation = recipe.data.validation_size
+    held_out = round(train * validation) if validation < 1 else int(validation)
+    return timing.Samples(train - held_out, held_out, test)
+
+
+def _nearest(recipe: Recipe, config: Mapping[str, Any], hardware: Hardware) -> list[str]:
+    """Changes that make it fit, those that change no result first: how the work is cut, then the smallest card."""
+    if not hardware.is_gpu:
+        return []
+    changes = planner.nearest_fits(recipe, config, hardware.free_bytes)
+    same_result = [change for change in changes if "model." not in change and "lora." not in change]
+    others = [change for change in changes if change not in same_result]
+    model = vram.Model(recipe, config)
+    shape = model.shape(planner.expected_text_tokens(recipe))
+    platforms = ACCELERATORS[recipe.job.accelerator].platforms
+    cards = sorted(ACCELERATORS.values(), key=lambda gpu: (not set(platforms) & set(gpu.platforms), gpu.memory_gib))
+    for gpu in [] if hardware.is_here else cards:
+        if planner.best_fit(model, shape, of_accelerator(gpu.name).free_bytes).fits:
+            same_result.append(f'job.accelerator="{gpu.name}"')
+            break
+    return same_result + others
+
+
+def _warnings(
+    recipe: Recipe, hardware: Hardware, time: timing.Time | None, samples: timing.Samples | None
+) -> list[str]:
+    job, found = recipe.job, []
+    if time and time.slices == 0:
+        need = int(time.phases["load"] + timing.CLOSING_S) * 2
+        found.append(f"job.timeout_s: got {job.timeout_s}, which loading alone takes; write {max(need, 600)} or more.")
+    elif time and time.slices > job.max_attempts:
+        found.append(
+            f"job.max_attempts: got {job.max_attempts}, and the work takes {time.slices} of {job.timeout_s} s each; "
+            "write more, or a longer job.timeout_s, or launch with --wait, which starts it again."
+        )
+    if time and not time.calibrated:
+        found.append(
+            "time: no step was measured on this card; scaled from an H200's by published rates, so the range is wide."
+        )
+    if not hardware.accelerator:
+        found.append("time: not predicted, for the rates of this hardware are not known.")
+    elif samples is None:
+        found.append(
+            f'time: not predicted, for "all" of {recipe.data.dataset} is not known before it is read; '
+            f"write data.train_size and data.test_size as numbers to get it."
+        )
+    if not hardware.is_here:
+        found += job_warnings(accelerator=job.accelerator, timeout_s=job.timeout_s)
+    return found
+
+
+def _gib(count: int) -> str:
+    return f"{count / vram.GIB:.1f} GiB"
+
+
+def _options(change: str) -> str:
+    """Changes as arguments that a shell takes."""
+    return " ".join(f"--set {one.replace(chr(34), '')}" for one in change.split())

@@ -1,0 +1,259 @@
+"""g4kit estimate, and the same block in launch, as a user sees them."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.bench import Bench, tiny_config
+from g4kit import estimate_text, estimating, estimating_inputs, machine
+from g4kit.errors import FailedError
+from g4kit.launching import LaunchPlan, priced
+from g4kit.pricing import BudgetError, prices_of
+from g4trainer import gemma, vram
+from g4trainer.recipe import Recipe, load_frozen, load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PETS = RECIPES / "oxford-pets-31b.toml"
+ROOM = machine.Hardware("a room of 64 GiB", 64 * vram.GIB, 64 * vram.GIB, None, is_gpu=False, is_here=True)
+SMALL = dataclasses.replace(ROOM, title="a small machine", free_bytes=2**20)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine is the same wherever the tests run."""
+    monkeypatch.setattr(estimating_inputs, "this_machine", lambda: ROOM)
+
+
+def estimated(recipe: Recipe, size: gemma.Size = "31B", card: str = "nvidia-rtx-pro-6000") -> estimating.Estimate:
+    samples = estimating.expected_samples(recipe)
+    hardware = machine.of_accelerator(card)
+    return estimating.estimate(recipe, gemma.true_config(size), hardware, prices=prices_of(card), samples=samples)
+
+
+def test_estimate_says_memory_plan_time_and_price(bare: Bench) -> None:
+    result = bare("estimate", PETS)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "gemma-4-31B-it on NVIDIA RTX PRO 6000 Blackwell, 96 GB: fits"
+    assert re.match(r"memory  \[W{9}UUL.*\.+\] 84\.\d of 94\.9 GiB free$", lines[1])
+    shown = {line.split()[1] + line.split()[2]: float(line.split()[-2]) for line in lines if line.endswith(" GiB")}
+    assert shown["weightsin"] == 14.3
+    assert "plan    micro-batch 4 x 2, activation checkpointing none, evaluation batch 64" in result.stdout
+    phases = r"^time    1 h \d+ min \(.* to .*\): load .*, baseline .*, train .*, final "
+    assert re.search(phases, result.stdout, re.MULTILINE)
+    assert re.search(r"^slices  2 of at most 10 attempts of 1 h 0 min$", result.stdout, re.MULTILINE)
+    price = r"^price   \$\d\.\d\d \(\$.* to \$.*\), at worst \$31\.8\d; \$3\.19 an hour \(us-central1"
+    assert re.search(price, result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["oxford-pets-31b", "oxford-pets-26b-a4b", "oxford-pets-e4b", "oxford-pets-e2b"])
+def test_every_recipe_of_the_project_fits_its_card(bare: Bench, name: str) -> None:
+    result = bare("estimate", RECIPES / f"{name}.toml", "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["fits"]
+    assert document["time"]["total_s"] > 0
+    assert document["cost_usd"]["low"] < document["cost_usd"]["expected"] < document["cost_usd"]["worst"]
+
+
+def test_a_31b_on_an_l4_is_refused_with_the_nearest_that_fits(bare: Bench) -> None:
+    result = bare("estimate", PETS, "--set", "job.accelerator=nvidia-l4")
+    assert result.exit_code == 1
+    assert "does not fit" in result.stdout
+    assert "!]" in result.stdout
+    assert "to fit  job.accelerator=nvidia-rtx-pro-6000" in result.stdout
+    assert "time  " not in result.stdout
+    nearest = json.loads(bare("estimate", PETS, "--set", "job.accelerator=nvidia-l4", "--json").stdout)["nearest"]
+    assert nearest[0] == 'job.accelerator="nvidia-rtx-pro-6000"'
+
+
+def test_a_stated_micro_batch_that_does_not_fit_is_told_to_be_auto(bare: Bench) -> None:
+    stated = ("training.per_device_train_batch_size=8", "training.activation_checkpointing=none")
+    result = bare("estimate", PETS, "--set", stated[0], "--set", stated[1])
+    assert result.exit_code == 1
+    first = next(line for line in result.stdout.splitlines() if line.startswith("to fit"))
+    assert first == "to fit  training.per_device_train_batch_size=auto training.activation_checkpointing=auto"
+    recipe = load_recipe(PETS, stated)
+    with pytest.raises(
+        estimating.DoesNotFitError,
+        match=r"oxford-pets-31b: training needs 140\.\d GiB, and .* has 94\.9 GiB free; write --set training\.per",
+    ):
+        estimated(recipe).refuse()
+
+
+def test_compare_shows_every_card(bare: Bench) -> None:
+    result = bare("estimate", PETS, "--compare")
+    assert result.exit_code == 0
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()[1:]}
+    assert set(rows) == set(machine.CARD_NAMES.values())
+    assert " no " in rows["nvidia-l4"]
+    assert "4 x 2, none" in rows["nvidia-rtx-pro-6000"]
+    documents = json.loads(bare("estimate", PETS, "--compare", "--json").stdout)
+    assert [name for name, found in documents.items() if found["cost_usd"]] == ["nvidia-rtx-pro-6000"]
+
+
+def test_this_machine_costs_nothing(g4kit: Bench) -> None:
+    result = g4kit("estimate", g4kit.recipe, "--target", "local")
+    assert result.exit_code == 0, result.stdout
+    assert "tiny-gemma4 on a room of 64 GiB: fits" in result.stdout
+    assert "price   nothing on this machine" in result.stdout
+    assert "not predicted" in result.stdout
+
+
+def test_a_staged_model_goes_by_its_own_config(g4kit: Bench) -> None:
+    found = json.loads(g4kit("estimate", g4kit.recipe, "--json").stdout)
+    model = vram.Model(load_recipe(g4kit.recipe), tiny_config())
+    assert found["memory"]["parts"]["LoRA"] == 4 * model.lora_parameters
+    assert found["samples"] == {"train": 1260, "validation": 140, "test": 397}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, 'model.id: got "tiny-gemma4", which is neither staged in'),
+        ("{", "config.json: damaged"),
+        ("[]", "config.json: is no Gemma 4's"),
+        ('{"model_type": "llama"}', "a multimodal Gemma 4 says 'gemma4'"),
+        ('{"model_type": "gemma4", "text_config": {}, "vision_config": {}}', "a multimodal Gemma 4 says 'gemma4'"),
+        ('{"model_type": "gemma4", "text_config": {"a": 1}, "vision_config": {"a": 1}}', "is no Gemma 4's"),
+    ],
+)
+def test_a_model_that_cannot_be_read(bare: Bench, content: str | None, told: str) -> None:
+    if content is not None:
+        bare.cloud.bucket.write("models/tiny-gemma4/config.json", content.encode())
+    result = bare("estimate", bare.recipe)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_published_sizes_are_known_without_staging(bare: Bench) -> None:
+    for name in ("gemma-4-31B-it", "gemma-4-e4b-it-nf4", "gemma-4-26B-A4B"):
+        recipe = load_recipe(PETS, [f"model.id={name}"])
+        assert gemma.facts_of(estimating.read_config(bare.cloud.bucket, recipe)).linears
+
+
+def test_time_is_not_predicted_for_a_data_set_of_unknown_size(bare: Bench) -> None:
+    result = bare("estimate", PETS, "--set", "data.dataset=mine")
+    assert result.exit_code == 0
+    assert 'time: not predicted, for "all" of mine is not known' in result.stdout
+    sized = bare(
+        "estimate", PETS, "--set", "data.dataset=mine", "--set", "data.train_size=100", "--set", "data.test_size=9"
+    )
+    assert "time    " in sized.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (["job.timeout_s=90"], "job.timeout_s: got 90, which loading alone takes; write 600 or more."),
+        (["job.max_attempts=1"], "job.max_attempts: got 1, and the work takes 2 of 3600 s each"),
+        (["job.timeout_s=86400"], "timeout_s: got 86400; sources differ"),
+    ],
+)
+def test_warnings(changes: list[str], warning: str) -> None:
+    found = estimated(load_recipe(PETS, changes))
+    assert any(line.startswith(warning) for line in found.warnings), found.warnings
+    assert f"warning {warning}" in estimate_text.text(found)
+
+
+def test_the_bar_is_as_wide_as_the_card() -> None:
+    fit = estimated(load_recipe(PETS)).fit
+    drawn = estimate_text.bar(fit.training, fit.free_bytes)
+    assert len(drawn) == estimate_text.BAR_WIDTH
+    assert drawn.count(".") == pytest.approx(60 * (1 - fit.training.total / fit.free_bytes), abs=1)
+    tight = estimate_text.bar(fit.training, fit.training.total // 2)
+    assert (len(tight), tight.count("!"), tight.count(".")) == (60, 30, 0)
+    every = {name for size in (fit.training, fit.evaluation) for name in size.parts}
+    assert every <= set(estimate_text.SYMBOLS)
+    assert len(set(estimate_text.SYMBOLS.values())) == len(estimate_text.SYMBOLS)
+
+
+def test_launch_prints_the_estimate_and_goes_on(g4kit: Bench) -> None:
+    result = g4kit("launch", g4kit.recipe, "--dry-run", "--json", "--max-cost", "5")
+    assert result.exit_code == 0, result.stderr
+    assert "tiny-gemma4 on a room of 64 GiB: fits" in result.stderr
+    document = json.loads(result.stdout)
+    assert document["estimate"]["fits"]
+    assert document["prices"] is None
+
+
+def test_launch_refuses_what_does_not_fit_and_writes_nothing(g4kit: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating_inputs, "this_machine", lambda: SMALL)
+    before = g4kit.files()
+    result = g4kit("launch", g4kit.recipe, "--yes")
+    assert result.exit_code == 1
+    assert "error: tiny: training needs" in result.stderr
+    assert "a small machine has 0.0 GiB free" in result.stderr
+    assert g4kit.files() == before
+    assert g4kit.cloud.jobs.find() == []
+
+
+def launch_plan(target: str) -> LaunchPlan:
+    return LaunchPlan("x-1", load_recipe(PETS), target, "/mnt/gcs/runs/x-1")
+
+
+def test_prices_and_the_estimate_are_frozen_into_the_run() -> None:
+    found = estimated(load_recipe(PETS))
+    plan = priced(launch_plan("cloudrun"), found, None)
+    assert plan.recipe == found.recipe
+    assert plan.prices is not None
+    assert plan.prices["usd_a_second"] == pytest.approx(0.00088522)
+    assert (plan.prices["as_of"], plan.prices["region"]) == ("2026-10", "us-central1")
+    assert plan.prices["estimate_usd"]["worst"] == pytest.approx(31.87, abs=0.01)
+    assert "max_cost_usd" not in plan.prices
+
+
+@pytest.mark.parametrize(("target", "job"), [("cloudrun", (1129, 10)), ("vertex", (3600, 3))])
+def test_a_cap_on_the_cost_shortens_the_run(target: str, job: tuple[int, int]) -> None:
+    found = estimated(load_recipe(PETS))
+    plan = priced(launch_plan(target), found, 10)
+    assert (plan.recipe.job.timeout_s, plan.recipe.job.max_attempts) == job
+    assert plan.recipe.hash == found.recipe.hash
+    assert plan.prices is not None
+    assert plan.prices["max_cost_usd"] == 10
+    with pytest.raises(BudgetError):
+        priced(launch_plan(target), found, 0.01)
+
+
+def test_the_local_run_has_no_prices(g4kit: Bench, launched: Any) -> None:
+    run_id = launched()
+    assert load_frozen(g4kit.root / "runs" / run_id / "recipe.json").prices is None
+
+
+@pytest.mark.parametrize(
+    ("line", "accelerator"),
+    [
+        ("NVIDIA H200, 143771, 143000", "nvidia-h200-141gb"),
+        ("NVIDIA L4, 23034, 22500", "nvidia-l4"),
+        ("NVIDIA L40S, 46068, 45000", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition, 97887, 97000", "nvidia-rtx-pro-6000"),
+        ("NVIDIA A100-SXM4-80GB, 81920, 81000", "nvidia-a100-80gb"),
+        ("NVIDIA GeForce RTX 4090, 24564, 24000", None),
+    ],
+)
+def test_what_nvidia_smi_says(line: str, accelerator: str | None) -> None:
+    found = machine.parse(line)
+    total, free = (int(part) for part in line.split(",")[1:])
+    assert (found.accelerator, found.memory_bytes) == (accelerator, total * 2**20)
+    assert found.free_bytes == free * 2**20 - vram.CUDA_CONTEXT
+
+
+@pytest.mark.parametrize("answer", ["echo no devices", "exit 9"])
+def test_a_driver_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{answer}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(FailedError, match=r"nvidia-smi: .*driver"):
+        machine.this_machine()
+
+
+def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    found = machine.this_machine()
+    assert (found.is_gpu, found.is_here, found.accelerator) == (False, True, None)
+    assert 0 < found.free_bytes <= found.memory_bytes
