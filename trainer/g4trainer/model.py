@@ -1,6 +1,9 @@
 """The base model at NF4 with LoRA on it, and the proof that LoRA is where it should be."""
 
+import logging
+import os
 import re
+import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +28,13 @@ from g4trainer import recipe as recipes
 from g4trainer.exits import ModelError
 from g4trainer.rundir import read_json
 
-UNQUANTIZED = ("lm_head", "router.proj")
+UNQUANTIZED = ("lm_head", "router.proj", "patch_embedder.input_proj")
 """Linear modules that stay in bf16, as suffixes of their names.
 
 The head is tied to the embedding, and a 4-bit copy of it would be a broken layer. The routers of 26B-A4B choose experts
-by rank: a small error in a score sends a token to another expert, and all routers together take 22 MB.
+by rank: a small error in a score sends a token to another expert, and all routers together take 22 MB. The patch
+embedder casts the pixels to the dtype of its own weights; at 4 bits it casts nothing, and the whole vision tower would
+go on in fp32.
 
 Embeddings, norms, the vision tower's position table and the 3-D expert weights are no linear modules: bitsandbytes
 leaves them in bf16. Every other linear layer, vision tower and projection included, is held at NF4.
@@ -38,7 +43,12 @@ ALL_LINEAR = "all-linear"
 TEXT_ONLY = r".*\.language_model\..*(_proj|_projection|_gate|router\.proj)"
 """`lora.target_modules` for every linear layer of the language model and none of the vision tower."""
 ADAPTER = "default"
+RECOMPILE_LIMIT = 64
+"""Graphs a layer may have: one for each length, for a last batch that is smaller, and for validation. torch's own
+limit of 8 would leave the rest uncompiled without a word."""
 STAGE_AGAIN = "stage the model again, and launch again."
+
+log = logging.getLogger(__name__)
 
 
 def load_processor(folder: Path) -> Any:
@@ -50,6 +60,9 @@ def load_processor(folder: Path) -> Any:
         raise ModelError(f"{folder}: the processor cannot be loaded: {error}", remedy=STAGE_AGAIN) from error
     if type(processor).__name__ != "Gemma4Processor":
         raise ModelError(f"{folder}: the processor is a {type(processor).__name__}, not Gemma 4's", remedy=STAGE_AGAIN)
+    tokenizer = processor.tokenizer
+    if tokenizer.unk_token_id in tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ModelError(f"{folder}: the tokenizer has no vocabulary; its tokenizer.json is missing", STAGE_AGAIN)
     if not processor.chat_template:
         raise ModelError(f"{folder}: the processor has no chat template; instruction-tuned models have one")
     return processor
@@ -75,7 +88,7 @@ def load_base(folder: Path, settings: recipes.Model, *, device: torch.device) ->
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
-                attn_implementation=settings.attn_implementation,
+                attn_implementation="sdpa",  # attention.py may choose others, once it knows how long a sample is
                 quantization_config=_quantization(settings.quantization, dtype),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -194,8 +207,13 @@ def adapter_problems(model: PeftModel, expected: set[str]) -> list[str]:
 def compile_layers(model: PeftModel, *, backend: str = "inductor") -> int:
     """Compiles each decoder and vision layer by itself, so that all share one graph; returns how many.
 
-    Only for CUDA: on a CPU compiling takes longer than it saves on small models.
+    Only for CUDA: on a CPU compiling takes longer than it saves on small models. Where there is no C compiler, which
+    Triton needs, nothing is compiled, and a warning says so.
     """
+    if backend == "inductor" and not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")):
+        log.warning("no C compiler on this machine: the layers are not compiled, and training is slower")
+        return 0
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     kinds = ("Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer")
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     for layer in layers:
