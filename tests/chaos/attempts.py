@@ -87,7 +87,8 @@ class Server:
         self._numbers = itertools.count()
         self._attempts: dict[int, Attempt] = {}
         self._started: dict[int, threading.Event] = {}
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+        paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("server.py")), str(root)],
             stdin=subprocess.PIPE,

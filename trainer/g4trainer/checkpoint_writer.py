@@ -23,6 +23,7 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, recipe_hash: str, claim: Claim) -> None:
         self._root, self._recipe_hash, self._claim = root, recipe_hash, claim
+        self._copies: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: OSError | RunTaken | None = None
         self._longest_s: float | None = None
@@ -44,7 +45,10 @@ class CheckpointWriter:
         """
         started = time.monotonic()
         self.wait()
-        copied = {name: {key: _copy(value) for key, value in part.items()} for name, part in tensors.items()}
+        copied = {
+            name: {key: self._copy(f"{name} {key}", value) for key, value in part.items()}
+            for name, part in tensors.items()
+        }
         self._bytes = sum(tensor.nbytes for part in copied.values() for tensor in part.values())
         self._thread = threading.Thread(
             target=self._write, args=(step, copied, documents, keep), name="checkpoint", daemon=True
@@ -71,6 +75,16 @@ class CheckpointWriter:
         one = self._bytes / ASSUMED_BYTES_PER_S if self._longest_s is None else self._longest_s
         return one * (2 if self._thread is not None and self._thread.is_alive() else 1)
 
+    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """On the CPU, contiguous, and nobody else's: training goes on changing the original.
+
+        The memory is kept for the next checkpoint: to ask for 6 GB of fresh pages takes longer than to fill them.
+        """
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return copy.copy_(tensor.detach())
+
     def _write(
         self, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], keep: tuple[int, ...]
     ) -> None:
@@ -92,8 +106,3 @@ class CheckpointWriter:
         took = time.monotonic() - started
         self._longest_s = max(took, self._longest_s or 0.0)
         log.info("checkpoint of step %d committed in %.1f s (%.1f MB)", step, took, self._bytes / 1e6)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, contiguous, and nobody else's: training goes on changing the original."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
