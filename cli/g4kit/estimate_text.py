@@ -35,7 +35,7 @@ def text(found: Estimate) -> str:
     lines = [
         f"{found.recipe.model.id} on {found.hardware.title}: {'fits' if found.fits else 'does not fit'}",
         f"memory  [{bar(memory, fit.free_bytes)}] {_gib(memory.total)} of {_gib(fit.free_bytes)} GiB free",
-        *(f"          {SYMBOLS[name]} {name:<22} {_gib(size):>6} GiB" for name, size in memory.parts.items() if size),
+        *(f"          {SYMBOLS[name]} {name:<22} {_part(size)}" for name, size in memory.parts.items() if size),
         f"          peak: {memory.moment}; training {training} GiB, evaluation {evaluation} GiB",
         f"plan    {cut}, evaluation batch {fit.evaluation_batch_size}, {found.tokens} tokens a sample",
     ]
@@ -88,6 +88,10 @@ def _price(found: Estimate) -> str:
         return each
     cost = found.cost
     return f"${cost.expected:.2f} (${cost.low:.2f} to ${cost.high:.2f}), at worst ${cost.worst:.2f}; {each}"
+
+
+def _part(count: int) -> str:
+    return f"{_gib(count):>6} GiB" if count >= GIB else f"{count / 2**20:6.0f} MiB"
 
 
 def _gib(count: int) -> str:

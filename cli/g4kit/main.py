@@ -16,6 +16,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "stage": ("g4kit.commands.stage", "Copy a base model or a data set into the bucket."),
     "estimate": ("g4kit.commands.estimate", "Say what a run will take of memory, time and money."),
+    "templates": (
+        "g4kit.commands.templates",
+        "Write a recipe's configuration files, for use without this command line.",
+    ),
     "launch": ("g4kit.commands.launch", "Start a fine-tuning run from a recipe."),
     "runs": ("g4kit.commands.runs", "List runs, or show one of them."),
     "logs": ("g4kit.commands.logs", "Print what a run's process wrote."),
