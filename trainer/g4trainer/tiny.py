@@ -1,8 +1,8 @@
 """The embedded default: a tiny random Gemma 4 with tokenizer and processor, and scikit-learn's handwritten digits.
 
-The model is an ordinary model folder of a few megabytes that `AutoModelForMultimodalLM` and `AutoProcessor` load. It has
-what the real ones have (vision tower with clipped linears, per-layer embeddings, a layer that shares keys and values,
-sliding and full attention, logit softcapping), so that a run on it takes the very same path through the code.
+The model is an ordinary model folder of a few megabytes that `AutoModelForMultimodalLM` and `AutoProcessor` load. It
+has what the real ones have (vision tower with clipped linears, per-layer embeddings, a layer that shares keys and
+values, sliding and full attention, logit softcapping), so that a run on it takes the same path through the code.
 """
 
 import io
