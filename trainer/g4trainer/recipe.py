@@ -366,7 +366,8 @@ def _field_at(location: tuple[int | str, ...]) -> tuple[FieldInfo | None, str]:
 
 def _what_to_write(detail: Any, field: FieldInfo | None, path: str) -> str:
     if detail["type"] == "extra_forbidden":
-        section, _, key = path.rpartition(".")
+        *owner, key = map(str, detail["loc"])  # a key may hold a dot itself
+        section = owner[0] if owner else ""
         known = list((Recipe.model_fields[section].annotation if section else Recipe).model_fields)  # type: ignore[union-attr]
         close = difflib.get_close_matches(key, known, n=1)
         return f"unknown key; {f'did you mean {close[0]}? ' if close else ''}Known here: {', '.join(known)}."
