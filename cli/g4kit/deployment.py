@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from g4kit.errors import UserError
+from g4kit.targets import DEPLOYMENT as VARIABLE
 
-VARIABLE = "G4KIT_DEPLOYMENT"
 HOW = "write: terraform -chdir=terraform output -json > deployment.json, and set G4KIT_DEPLOYMENT to that file."
 
 
@@ -80,10 +80,6 @@ class Deployment(Section):
 
     def jobs_with(self, accelerator: str) -> list[GpuJob]:
         return [job for job in self.jobs.values() if job.accelerator == accelerator]
-
-
-def is_configured(environ: Mapping[str, str]) -> bool:
-    return bool(environ.get(VARIABLE))
 
 
 def read_deployment(environ: Mapping[str, str]) -> Deployment:

@@ -9,11 +9,14 @@ from g4kit.errors import UserError
 from g4kit.output import say
 
 LOCAL_ROOT = ".g4kit"
+EMULATOR = "G4KIT_EMULATOR_HOST"
+"""Names an address, for example http://127.0.0.1:8080, that stands in for Google's services; nobody signs in there."""
+DEPLOYMENT = "G4KIT_DEPLOYMENT"
 
 
 def open_cloud(target: str | None, environ: Mapping[str, str] = os.environ) -> Cloud:
     """The target's cloud, said on stderr. target: as given by --target or G4KIT_TARGET, else the default."""
-    name = target or default_target()
+    name = target or default_target(environ)
     if name not in TARGETS:
         raise UserError(f"target: got {name!r}; write {' or '.join(TARGETS)}.")
     cloud = TARGETS[name](environ)
@@ -21,9 +24,9 @@ def open_cloud(target: str | None, environ: Mapping[str, str] = os.environ) -> C
     return cloud
 
 
-def default_target() -> str:
-    """A configured deployment is what makes another target the default; without one it is this machine."""
-    return "local"
+def default_target(environ: Mapping[str, str]) -> str:
+    """A configured deployment is what makes Cloud Run the default; without one it is this machine."""
+    return "cloudrun" if environ.get(DEPLOYMENT) else "local"
 
 
 def open_local(environ: Mapping[str, str]) -> Cloud:
@@ -33,4 +36,15 @@ def open_local(environ: Mapping[str, str]) -> Cloud:
     return LocalCloud(root.expanduser(), command=trainer_command(environ))
 
 
-TARGETS: Mapping[str, Callable[[Mapping[str, str]], Cloud]] = {"local": open_local}
+def open_cloudrun(environ: Mapping[str, str]) -> Cloud:
+    """Raises DeploymentError, CredentialsError."""
+    from g4kit.deployment import read_deployment
+
+    deployment = read_deployment(environ)
+    from g4kit.cloud.google import GoogleCloud
+    from g4kit.cloud.google_client import open_access
+
+    return GoogleCloud(open_access(deployment, environ.get(EMULATOR)))
+
+
+TARGETS: Mapping[str, Callable[[Mapping[str, str]], Cloud]] = {"local": open_local, "cloudrun": open_cloudrun}

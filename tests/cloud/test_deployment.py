@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fakes.google_cloud import FakeGoogleCloud
-from g4kit.deployment import Deployment, DeploymentError, is_configured, parse_deployment, read_deployment
+from g4kit.deployment import Deployment, DeploymentError, parse_deployment, read_deployment
 
 
 @pytest.fixture
@@ -29,8 +29,6 @@ def test_the_variable_names_a_file(document: dict[str, Any], google: FakeGoogleC
     file = tmp_path / "deployment.json"
     file.write_text(json.dumps(document))
     assert read_deployment({"G4KIT_DEPLOYMENT": str(file)}) == google.deployment
-    assert is_configured({"G4KIT_DEPLOYMENT": str(file)})
-    assert not is_configured({})
 
 
 def test_the_variable_names_terraforms_folder(

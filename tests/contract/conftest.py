@@ -15,20 +15,47 @@ from contract.task import TASK
 from contract.waiting import wait
 from fakes.google_cloud import FakeGoogleCloud
 from g4kit.cloud.base import Bucket, Cloud, Execution, JobRequest
+from g4kit.cloud.google import GoogleCloud
 from g4kit.cloud.google_bucket import GoogleBucket
 from g4kit.cloud.local import LocalCloud
 
 
-def local(folder: Path) -> Cloud:
-    return LocalCloud(folder / "bucket", command=TASK, grace_s=1.0)
+@contextlib.contextmanager
+def local(folder: Path) -> Iterator[Cloud]:
+    yield LocalCloud(folder / "bucket", command=TASK, grace_s=1.0)
 
 
-CLOUDS: dict[str, Callable[[Path], Cloud]] = {"local": local}
+class Terraformed(GoogleCloud):
+    """With as many retries as a test asks for: Terraform sets them in the job, and no execution can."""
+
+    def __init__(self, fake: FakeGoogleCloud) -> None:
+        super().__init__(fake.access())
+        start = self.jobs.run
+
+        def run(request: JobRequest) -> Execution:
+            for job in fake.run.jobs.values():
+                job.max_retries = request.max_attempts - 1
+            return start(request)
+
+        self.jobs.run = run  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def google(folder: Path) -> Iterator[Cloud]:
+    """Log lines show late and out of order."""
+    fake = FakeGoogleCloud(folder / "google", command=TASK, grace_s=1.0)
+    fake.logging.delay_s = 0.2
+    yield Terraformed(fake)
+    fake.close()
+
+
+CLOUDS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Cloud]]] = {"local": local, "cloudrun": google}
 
 
 @contextlib.contextmanager
 def local_bucket(folder: Path) -> Iterator[Bucket]:
-    yield local(folder).bucket
+    with local(folder) as made:
+        yield made.bucket
 
 
 @contextlib.contextmanager
@@ -52,12 +79,12 @@ def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bucket]:
 @pytest.fixture(params=CLOUDS)
 def cloud(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cloud]:
     """An empty cloud; whatever a test leaves running is ended."""
-    made = CLOUDS[request.param](tmp_path)
-    yield made
-    for execution in made.jobs.find():
-        made.jobs.cancel(execution.name)
-    for execution in made.jobs.find():
-        wait(made, execution.name)
+    with CLOUDS[request.param](tmp_path) as made:
+        yield made
+        for execution in made.jobs.find():
+            made.jobs.cancel(execution.name)
+        for execution in made.jobs.find():
+            wait(made, execution.name)
 
 
 @pytest.fixture

@@ -1,29 +1,44 @@
 """A whole fake Google Cloud with a deployment in it, and GoogleCloud talking to it through Google's own clients."""
 
+import sys
 from pathlib import Path
 
+from fakes.cloud_logging import FakeLogging
+from fakes.cloud_run import FakeRun, Job
 from fakes.server import FakeServer
 from fakes.storage import FakeStorage
 from g4kit.cloud.google_client import Access, Patience, open_access
 from g4kit.deployment import Deployment
 
-QUICK = Patience(first_retry_s=0.01, retry_for_s=5.0, timeout_s=3.0, poll_s=0.1, settle_s=0.3)
+QUICK = Patience(first_retry_s=0.01, retry_for_s=5.0, timeout_s=3.0, poll_s=0.1, hold_s=0.3, settle_s=0.4)
 BUCKET = "g4kit-test"
 
 
 class FakeGoogleCloud:
     """Services of one project, served until closed. `folder` holds the buckets' files."""
 
-    def __init__(self, folder: Path, *, page_size: int = 1000) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        page_size: int = 1000,
+        command: tuple[str, ...] = (sys.executable, "-m", "g4trainer"),
+        grace_s: float = 10.0,
+    ) -> None:
+        """command: what the jobs' image runs."""
         self.storage = FakeStorage(folder / "buckets", page_size=page_size)
         self.mount = self.storage.make_bucket(BUCKET)
-        self.server = FakeServer([self.storage])
         self.deployment = deployment(self.mount)
+        self.run = FakeRun(folder / "run", self.mount, self.deployment.location, command, grace_s=grace_s)
+        self.run.jobs = {name: Job(name) for name in self.deployment.job_names}
+        self.logging = FakeLogging(self.run, self.deployment.project, page_size=page_size)
+        self.server = FakeServer([self.storage, self.run, self.logging])
 
     def access(self, patience: Patience = QUICK) -> Access:
         return open_access(self.deployment, self.server.url, patience)
 
     def close(self) -> None:
+        self.run.stop()
         self.server.close()
 
 

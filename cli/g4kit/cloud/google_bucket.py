@@ -17,11 +17,13 @@ from google.cloud.storage.exceptions import DataCorruption
 
 from g4kit.cloud.base import (
     ChecksumError,
+    Crc32c,
     Object,
     ObjectNotFoundError,
     PreconditionError,
     Progress,
     check_object_name,
+    crc32c_of_file,
 )
 from g4kit.cloud.google_client import Access
 from g4trainer import rundir
@@ -66,6 +68,9 @@ class GoogleBucket:
 
         def read() -> bytes:
             data: bytes = blob.download_as_bytes(checksum="crc32c", **self._again)
+            checksum = Crc32c()
+            checksum.update(data)
+            self._check(name, blob.crc32c, checksum.base64)
             return data
 
         with self._access.errors(f"{self.url}/{name}"):
@@ -148,6 +153,7 @@ class GoogleBucket:
                 blob.download_to_file(_Counted(file, progress), checksum="crc32c", **self._again)
                 file.flush()
                 os.fsync(file.fileno())
+            self._check(name, found.crc32c, crc32c_of_file(partial))
 
         with self._access.errors(f"{self.url}/{name}"):
             try:
@@ -177,6 +183,11 @@ class GoogleBucket:
             except BadRequest as error:
                 raise ChecksumError(f"{self.url}/{name}", "the file's", str(error.message)) from error
         return _object(blob)
+
+    def _check(self, name: str, wanted: str | None, found: str) -> None:
+        """The client itself does not check what it fetched in several ranges, as after a broken connection."""
+        if wanted != found:
+            raise ChecksumError(f"{self.url}/{name}", str(wanted), found)
 
     def _blob(self, name: str) -> Any:
         return self._bucket.blob(check_object_name(name))
@@ -233,7 +244,7 @@ def _if_corrupt_again(call: Callable[[], Result]) -> Result:
     for _ in range(CORRUPT_TRIES - 1):
         try:
             return call()
-        except DataCorruption:
+        except (DataCorruption, ChecksumError):
             continue
         except BadRequest as error:
             if "doesn't match" not in str(error.message):

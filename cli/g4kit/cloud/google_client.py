@@ -62,6 +62,8 @@ class Patience:
     """Without a byte."""
     poll_s: float = 2.0
     """Between two looks at logs; Cloud Logging allows 60 reads a minute."""
+    hold_s: float = 3.0
+    """How long followed log lines are held back, so that those that arrive out of order can be put right."""
     settle_s: float = 10.0
     """How long log lines and executions may take until they show."""
 

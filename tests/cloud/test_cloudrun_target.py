@@ -1,0 +1,132 @@
+"""Every verb with --target cloudrun, as a user meets it, against the fakes and a stand-in trainer."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cli.bench import RECIPE, STANDIN, tiny_config
+from fakes.google_cloud import QUICK, FakeGoogleCloud
+from g4kit import following
+from g4kit.cloud import google_client
+from g4kit.main import cli
+from g4kit.targets import open_cloud
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def google(tmp_path: Path) -> Iterator[FakeGoogleCloud]:
+    made = FakeGoogleCloud(tmp_path / "google", command=STANDIN, grace_s=1.0)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def environ(google: FakeGoogleCloud, tmp_path: Path) -> dict[str, str]:
+    file = tmp_path / "deployment.json"
+    file.write_text(json.dumps({"deployment": {"value": google.deployment.model_dump()}}))
+    return {"G4KIT_DEPLOYMENT": str(file), "G4KIT_EMULATOR_HOST": google.server.url, "G4KIT_TRAINER": " ".join(STANDIN)}
+
+
+@pytest.fixture
+def call(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs a command; processes of the fake inherit its environment."""
+    monkeypatch.setattr(google_client, "Patience", lambda: QUICK)
+    monkeypatch.setattr(following, "INTERVAL_S", 0.1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+    def call(*arguments: str, plan: list[dict[str, Any]] | None = None) -> Result:
+        if plan:
+            monkeypatch.setenv("STANDIN_PLAN", json.dumps(plan))
+        result = CliRunner().invoke(cli, arguments)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return call
+
+
+@pytest.fixture
+def staged(call: Call, tmp_path: Path) -> Call:
+    source = tmp_path / "tiny-gemma4"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(tiny_config()))
+    (source / "model.safetensors").write_bytes(os.urandom(1000))
+    for kind, what in (("model", str(source)), ("data", "builtin:digits")):
+        told = call("stage", kind, what)
+        assert told.exit_code == 0, told.stderr
+    return call
+
+
+def test_a_deployment_makes_cloud_run_the_default(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert open_cloud(None, environ).target == "cloudrun"
+    assert open_cloud("local", environ | {"G4KIT_ROOT": str(tmp_path)}).target == "local"
+    assert capsys.readouterr().err.splitlines()[0] == "target: cloudrun (gs://g4kit-test)"
+
+
+def test_from_staging_to_fetching(staged: Call, google: FakeGoogleCloud, tmp_path: Path) -> None:
+    again = staged("stage", "data", "builtin:digits", "--json")
+    assert json.loads(again.stdout)["already"] is True
+    launched = staged(
+        "launch", "tiny.toml", "--wait", "--yes", plan=[{"steps": 4, "exit": 75}, {"steps": 6, "exit": 0}]
+    )
+    assert launched.exit_code == 0, launched.stderr
+    run_id = launched.stdout.strip()
+    [execution] = google.run.names
+    assert execution in launched.stderr
+    view = json.loads(staged("runs", run_id, "--json").stdout)
+    assert (view["state"], view["target"], view["execution"]) == ("succeeded", "cloudrun", execution)
+    log = staged("logs", run_id).stdout.splitlines()
+    assert [line for line in log if line.startswith("step ")] == [f"step {step} of {run_id}" for step in range(1, 11)]
+    assert "g4kit: attempt 0 ended with exit code 75" in log
+    fetched = staged("fetch", run_id)
+    assert fetched.exit_code == 0, fetched.stderr
+    there = google.mount / "runs" / run_id / "adapter" / "adapter_model.safetensors"
+    assert (tmp_path / run_id / "adapter" / "adapter_model.safetensors").read_bytes() == there.read_bytes()
+
+
+def test_the_same_id_is_the_same_execution(staged: Call, google: FakeGoogleCloud) -> None:
+    for _ in range(2):
+        assert staged("launch", "tiny.toml", "--id", "mine-1", "--yes").exit_code == 0
+    assert len(google.run.names) == 1
+
+
+def test_cancel_and_resume(staged: Call, google: FakeGoogleCloud) -> None:
+    launched = staged(
+        "launch", "tiny.toml", "--yes", plan=[{"steps": 4, "exit": 0, "sleep_s": 60}, {"steps": 6, "exit": 0}]
+    )
+    run_id = launched.stdout.strip()
+    cancelled = staged("cancel", run_id)
+    assert (cancelled.exit_code, cancelled.stdout.strip()) == (0, run_id)
+    resumed = staged("resume", run_id, "--wait")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert len(google.run.names) == 2
+    assert run_id in staged("runs").stdout
+
+
+def test_a_dry_run_starts_nothing_and_says_what_is_denied(staged: Call, google: FakeGoogleCloud) -> None:
+    told = staged("launch", "tiny.toml", "--dry-run")
+    assert told.exit_code == 0, told.stderr
+    google.run.denied.add("run.jobs.run")
+    refused = staged("launch", "tiny.toml", "--dry-run")
+    assert refused.exit_code == 2
+    assert "run.jobs.run is not allowed" in refused.stderr
+    assert google.run.names == []
+    assert not (google.mount / "runs").exists()
+
+
+def test_without_a_deployment_it_says_how_to_get_one(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("G4KIT_DEPLOYMENT")
+    refused = call("runs", "--target", "cloudrun")
+    assert refused.exit_code == 2
+    assert "terraform -chdir=terraform output -json > deployment.json" in refused.stderr
