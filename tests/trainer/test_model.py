@@ -37,11 +37,11 @@ def folder(request: pytest.FixtureRequest, tiny_folder: Folders) -> Path:
     return tiny_folder(request.param)
 
 
-def test_every_linear_layer_but_head_and_router_is_held_at_nf4(folder: Path) -> None:
+def test_every_linear_layer_but_head_router_and_patch_embedder_is_held_at_nf4(folder: Path) -> None:
     model = base_model(folder)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     quantized = {n for n, m in linears.items() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    assert linears.keys() - quantized == {n for n in linears if n.endswith(("lm_head", "router.proj"))}
+    assert linears.keys() - quantized == {n for n in linears if n.endswith(("lm_head", "router.proj", "patch_embedder.input_proj"))}
     assert "lm_head" in linears
     assert {linears[n].weight.quant_type for n in quantized} == {"nf4"}
     assert all(linears[n].weight.quant_state.nested for n in quantized), "double quantization"

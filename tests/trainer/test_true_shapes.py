@@ -25,7 +25,7 @@ PUBLISHED: dict[gemma.Size, tuple[int, int, int, int]] = {
 MATRIX: dict[gemma.Size, dict[str, tuple[int, int, int]]] = {
     # found and adapted, of them at 4 bit, clipped
     "E2B": {
-        "vision patch embedder": (1, 1, 0),
+        "vision patch embedder": (1, 0, 0),
         "vision attention": (16 * 4, 16 * 4, 16 * 4),
         "vision MLP": (16 * 3, 16 * 3, 16 * 3),
         "language attention": (35 * 4 - 20 * 2, 35 * 4 - 20 * 2, 0),  # 20 layers share keys and values
@@ -34,7 +34,7 @@ MATRIX: dict[gemma.Size, dict[str, tuple[int, int, int]]] = {
         "vision projection": (1, 1, 0),
     },
     "E4B": {
-        "vision patch embedder": (1, 1, 0),
+        "vision patch embedder": (1, 0, 0),
         "vision attention": (16 * 4, 16 * 4, 16 * 4),
         "vision MLP": (16 * 3, 16 * 3, 16 * 3),
         "language attention": (42 * 4 - 18 * 2, 42 * 4 - 18 * 2, 0),
@@ -43,7 +43,7 @@ MATRIX: dict[gemma.Size, dict[str, tuple[int, int, int]]] = {
         "vision projection": (1, 1, 0),
     },
     "26B-A4B": {
-        "vision patch embedder": (1, 1, 0),
+        "vision patch embedder": (1, 0, 0),
         "vision attention": (27 * 4, 27 * 4, 0),
         "vision MLP": (27 * 3, 27 * 3, 0),
         "language attention": (30 * 4 - 5, 30 * 4 - 5, 0),  # 5 layers of full attention have no v_proj
@@ -52,7 +52,7 @@ MATRIX: dict[gemma.Size, dict[str, tuple[int, int, int]]] = {
         "vision projection": (1, 1, 0),
     },
     "31B": {
-        "vision patch embedder": (1, 1, 0),
+        "vision patch embedder": (1, 0, 0),
         "vision attention": (27 * 4, 27 * 4, 0),
         "vision MLP": (27 * 3, 27 * 3, 0),
         "language attention": (60 * 4 - 10, 60 * 4 - 10, 0),

@@ -46,18 +46,21 @@ class Collator:
         max_soft_tokens: int,
         supervise: Literal["completion", "turn"] = "completion",
         max_length: int | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> None:
         """
         processor: a Gemma4Processor.
         max_soft_tokens: upper bound of the tokens an image takes: 70, 140, 280, 560 or 1120.
         supervise: what carries loss: the completion, or all of the model's turn from `<|turn>` on.
         max_length: a longer sample is refused, never cut; None sets no bound.
+        pad_to_multiple_of: training batches get such a length, so that compiled layers see few different ones.
         """
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_soft_tokens = max_soft_tokens
         self.supervise = supervise
         self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.turn_id = token_id(self.tokenizer, TURN)
         self.end_of_turn_id = token_id(self.tokenizer, END_OF_TURN)
         self.bos_id = self.tokenizer.bos_token_id
@@ -194,7 +197,8 @@ class Collator:
                 raise DataError(f"{example_id}: the {part} {text!r} holds the special token {special}; leave it out.")
 
     def _pad(self, rows: list[list[int]], *, side: Literal["left", "right"]) -> dict[str, torch.Tensor]:
-        width = max(map(len, rows))
+        multiple = self.pad_to_multiple_of if side == "right" else 1
+        width = -(-max(map(len, rows)) // multiple) * multiple
 
         def padded(row: list[int], filler: int) -> list[int]:
             padding = [filler] * (width - len(row))

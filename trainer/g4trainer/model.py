@@ -43,6 +43,8 @@ ALL_LINEAR = "all-linear"
 TEXT_ONLY = r".*\.language_model\..*(_proj|_projection|_gate|router\.proj)"
 """`lora.target_modules` for every linear layer of the language model and none of the vision tower."""
 ADAPTER = "default"
+COMPILE_FROM_PARAMETERS = 1_000_000_000
+"""Smaller models train in less time than compiling them takes: half a minute for each shape of a batch."""
 RECOMPILE_LIMIT = 64
 """Graphs a layer may have: one for each length, for a last batch that is smaller, and for validation. torch's own
 limit of 8 would leave the rest uncompiled without a word."""
@@ -207,8 +209,8 @@ def adapter_problems(model: PeftModel, expected: set[str]) -> list[str]:
 def compile_layers(model: PeftModel, *, backend: str = "inductor") -> int:
     """Compiles each decoder and vision layer by itself, so that all share one graph; returns how many.
 
-    Only for CUDA: on a CPU compiling takes longer than it saves on small models. Where there is no C compiler, which
-    Triton needs, nothing is compiled, and a warning says so.
+    Worth it on CUDA, from COMPILE_FROM_PARAMETERS on. Where there is no C compiler, which Triton needs, nothing is
+    compiled, and a warning says so.
     """
     if backend == "inductor" and not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")):
         log.warning("no C compiler on this machine: the layers are not compiled, and training is slower")

@@ -55,8 +55,8 @@ class Model(Section):
     """How the frozen base weights are held: `nf4` with double quantization, or unquantized."""
     max_soft_tokens: Literal[70, 140, 280, 560, 1120] = option(280, "70, 140, 280, 560 or 1120")
     """Upper bound of the tokens that one image takes. More tokens see finer detail and cost more time."""
-    attn_implementation: Literal["sdpa", "eager"] = option("sdpa", '"sdpa" or "eager"')
-    """The attention kernel, as transformers names it."""
+    attn_implementation: Literal["auto", "sdpa", "eager"] = option("auto", '"auto", "sdpa" or "eager"')
+    """The language model's attention kernel, as transformers names it. `auto` takes the one measured to be fastest."""
 
 
 class Data(Section):

@@ -32,6 +32,7 @@ from g4trainer.evaluate import Generator, Prediction, longest_answer, predict, s
 from g4trainer.exits import ExitCode, ModelError, NotOurs, OutOfMemory, RunEnded
 from g4trainer.metrics import MetricsLog, Publisher, Status, status_interval_s
 from g4trainer.model import (
+    COMPILE_FROM_PARAMETERS,
     adapter_tensors,
     attach_lora,
     compile_layers,
@@ -174,7 +175,7 @@ class Attempt:
         self.initial_adapter = {name: tensor.clone() for name, tensor in adapter_tensors(self.model).items()}
         self._own_the_run()
         self.plan = self._plan()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and base.num_parameters() >= COMPILE_FROM_PARAMETERS:
             compile_layers(self.model)
         stated = recipe.evaluation.max_new_tokens
         self.generator = Generator(
