@@ -68,6 +68,7 @@ def test_plots_are_coloured_by_the_page_alone(made: MadeUp) -> None:
 
 def test_a_resumed_attempt_is_marked(made: MadeUp) -> None:
     assert report.resumed_steps(made.run) == [81]
+    assert all("stroke-dasharray" in chart["svg"] for chart in report.charts(made.run, made.results, 8))
     first, second = report_data.attempt_rows(made.run, 140.0)
     assert (first.steps, first.outcome, first.seconds) == ("1 to 90", "ended without a word: killed, or lost", 65.0)
     assert (second.steps, second.outcome, second.seconds) == ("81 to 120", "finished the run", 75.0)

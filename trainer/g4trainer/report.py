@@ -112,10 +112,10 @@ def charts(run: RunDir, results: Mapping[str, Any], samples_a_step: int) -> list
         ("Learning rate", f"Learning rate by step; its peak is {peak:.3g}.", by_step("learning_rate", "learning rate")),
         (
             "Throughput",
-            f"Samples a second over time, pauses for validation and checkpoints included; {rate:.3g} on average."
+            f"Samples a second over the time of training, validation and checkpoints included; {rate:.3g} on average."
             if rate
             else "",
-            report_plots.throughput_chart(lines, samples_a_step),
+            report_plots.throughput_chart(lines, samples_a_step, resumed),
         ),
         ("Gradient norm", "Norm of the gradient by step, before clipping.", by_step("grad_norm", "gradient norm")),
     ]

@@ -44,7 +44,9 @@ STYLE = {
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.8,
-    "legend.frameon": False,
+    "legend.facecolor": SURFACE,
+    "legend.edgecolor": SURFACE,
+    "legend.framealpha": 0.85,
     "legend.fontsize": 11,
 }
 CHART_INCHES = (6.1, 3.3)
@@ -105,8 +107,10 @@ def step_chart(lines: Sequence[Line], name: str, label: str, resumed: Sequence[i
         return _svg(figure, name)
 
 
-def throughput_chart(lines: Sequence[Line], samples_a_step: int) -> str | None:
-    """Samples a second by wall clock, from the times of the log's lines; None where there are fewer than two.
+def throughput_chart(lines: Sequence[Line], samples_a_step: int, resumed: Sequence[int]) -> str | None:
+    """Samples a second by time, the pauses between attempts left out; None where fewer than two lines tell their time.
+
+    resumed: steps at which a later attempt went on.
 
     An attempt logs its rate with every line; lines without one were taken over from a checkpoint and have no true time.
     """
@@ -118,15 +122,19 @@ def throughput_chart(lines: Sequence[Line], samples_a_step: int) -> str | None:
     if len(timed) < 2:
         return None
     seconds, steps, _ = (np.array(column, dtype=float) for column in zip(*timed, strict=True))
-    spans, advances = np.diff(seconds), np.diff(steps)
-    going_on = (spans > 0) & (spans < 20 * np.median(spans))  # longer ones lie between two attempts
-    minutes = ((seconds[1:] - seconds[0]) / 60)[going_on]
-    samples, spans = advances[going_on] * samples_a_step, spans[going_on]
-    rates = samples / spans
+    spans, samples = np.diff(seconds), np.diff(steps) * samples_a_step
+    between = np.isin(steps[1:], resumed)
+    going_on = (spans > 0) & ~between
+    if not going_on.any():
+        return None
+    ended = np.cumsum(going_on)[between]  # spans before each pause
+    spans, samples = spans[going_on], samples[going_on]
+    minutes, rates = np.cumsum(spans) / 60, samples / spans
     with mpl.rc_context(STYLE):
-        figure, axes = _chart("minutes since the first step", "samples a second")
+        figure, axes = _chart("minutes of training", "samples a second")
         axes.plot(*_thinned(minutes, rates), color=ACCENT, alpha=0.28, linewidth=1)
         axes.plot(*_thinned(minutes, _smooth(samples) / _smooth(spans)), color=ACCENT)
+        _mark_resumed(axes, [minutes[count - 1] for count in ended if 0 < count < len(minutes)])
         axes.set_ylim(0, 1.4 * np.percentile(rates, 95))  # a log line that came late makes the next one look fast
         return _svg(figure, "throughput")
 
@@ -177,7 +185,7 @@ def _chart(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(visible=False, axis="x")
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
     axes.margins(x=0.02)
     if xlabel == "optimizer step":
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -200,10 +208,10 @@ def _mark_best(axes: Axes, validation: tuple[Any, Any], best_step: int | None) -
         )
 
 
-def _mark_resumed(axes: Axes, resumed: Sequence[int]) -> None:
-    for number, step in enumerate(resumed):
+def _mark_resumed(axes: Axes, resumed: Sequence[float]) -> None:
+    for number, at in enumerate(resumed):
         axes.axvline(
-            step, color=MUTED, linewidth=1, linestyle=(0, (3, 3)), label=None if number else "resumed by an attempt"
+            at, color=MUTED, linewidth=1, linestyle=(0, (3, 3)), label=None if number else "resumed by an attempt"
         )
 
 
