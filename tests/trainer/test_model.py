@@ -41,7 +41,9 @@ def test_every_linear_layer_but_head_router_and_patch_embedder_is_held_at_nf4(fo
     model = base_model(folder)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     quantized = {n for n, m in linears.items() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    assert linears.keys() - quantized == {n for n in linears if n.endswith(("lm_head", "router.proj", "patch_embedder.input_proj"))}
+    assert linears.keys() - quantized == {
+        n for n in linears if n.endswith(("lm_head", "router.proj", "patch_embedder.input_proj"))
+    }
     assert "lm_head" in linears
     assert {linears[n].weight.quant_type for n in quantized} == {"nf4"}
     assert all(linears[n].weight.quant_state.nested for n in quantized), "double quantization"
