@@ -41,7 +41,14 @@ from g4trainer.model import (
     load_processor,
 )
 from g4trainer.outcome import end_attempt, ended_for_good, failure_of, tell
-from g4trainer.planner import Plan, choose_plan, training_arguments
+from g4trainer.planner import (
+    CPU_EVALUATION_BATCH,
+    MAX_CPU_MICRO_BATCH,
+    Plan,
+    choose_plan,
+    training_arguments,
+    what_fits,
+)
 from g4trainer.recipe import FrozenRecipe, load_frozen, lora_config
 from g4trainer.report import write_report
 from g4trainer.rundir import RunDir, read_json, remove_remains, to_json, write_bytes, write_json
@@ -167,8 +174,9 @@ class Attempt:
             pad_to_multiple_of=PADDING[self.device.type],
         )
         base = load_base(folder, recipe.model, device=self.device)
-        tokens = len(self.collator.encode(self.splits.train[0]).input_ids)
-        choose_attention(base, recipe.model.attn_implementation, tokens=tokens, device=self.device)
+        sample = self.collator.encode(self.splits.train[0]).input_ids
+        self.text_tokens = len(sample) - sample.count(self.collator.image_id)
+        choose_attention(base, recipe.model.attn_implementation, tokens=len(sample), device=self.device)
         self.deadline.check()
         set_seed(recipe.training.seed)
         self.model = attach_lora(base, recipe.lora, base_model=recipe.model.id)
@@ -200,9 +208,20 @@ class Attempt:
         return plan
 
     def _what_fits(self) -> dict[str, Any]:
+        """What `choose_plan` asks the machine: on a GPU, what is fastest within its memory."""
         if self.device.type == "cpu":
-            return {"micro_batch": 32, "activation_checkpointing": "none", "evaluation_batch_size": 64}
-        return {"micro_batch": 8, "activation_checkpointing": "full", "evaluation_batch_size": 32}
+            return {
+                "micro_batch": MAX_CPU_MICRO_BATCH,
+                "activation_checkpointing": "none",
+                "evaluation_batch_size": CPU_EVALUATION_BATCH,
+            }
+        free, _ = torch.cuda.mem_get_info()
+        return what_fits(
+            self.recipe,
+            read_json(self.run.root / "models" / self.recipe.model.id / "config.json"),
+            free + torch.cuda.memory_reserved(),
+            text_tokens=self.text_tokens,
+        )
 
     def _write_plan(self, plan: Plan) -> None:
         """plan.json last: without it, there is no plan."""
