@@ -131,6 +131,7 @@ def _line(step: int, *, minute: int) -> dict[str, Any]:
         "learning_rate": 1e-3 * (step / 12 if step < 12 else (STEPS - step) / (STEPS - 12)),
         "grad_norm": 5 * math.exp(-step / 40) * wave,
         "samples_per_second": 13.0,
+        "peak_memory_bytes": (2 << 30) + min(step, 40) * (1 << 24),
         "time": f"{DAY}:{minute + int(second // 60):02d}:{second % 60:06.3f}+00:00",
     }
 

@@ -4,16 +4,21 @@ import html
 import io
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from g4trainer import report, report_data, report_plots
 from g4trainer.__main__ import main
-from g4trainer.dataset import DataError, Example
+from g4trainer.dataset import DataError, Example, Splits
+from g4trainer.deadline import Deadline
 from g4trainer.evaluate import Prediction
+from g4trainer.metrics import Publisher, Status
 from g4trainer.rundir import file_entry, manifest, read_json
-from trainer.made_up_run import PRICES, MadeUp, make
+from g4trainer.train import Attempt
+from trainer.made_up_run import PRICES, TRAIN, MadeUp, make
 from trainer.making import encoded, picture
 
 LABELS = ("Abyssinian", "Bengal", "Birman")
@@ -52,7 +57,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(made: MadeUp, page: str)
         "killed, or lost",
     ):
         assert text in told
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert "http://" not in page.replace("http://www.w3.org/", "")
     assert "https://" not in page
     assert "default-src 'none'" in page
@@ -60,7 +65,13 @@ def test_the_page_holds_everything_and_asks_for_nothing(made: MadeUp, page: str)
 
 def test_plots_are_coloured_by_the_page_alone(made: MadeUp) -> None:
     charts = report.charts(made.run, made.results, 8)
-    assert [chart["title"] for chart in charts] == ["Loss", "Learning rate", "Throughput", "Gradient norm"]
+    assert [chart["title"] for chart in charts] == [
+        "Loss",
+        "Learning rate",
+        "Throughput",
+        "Gradient norm",
+        "GPU memory",
+    ]
     for chart in charts:
         assert "var(--accent)" in chart["svg"]
         assert "#0" not in chart["svg"].replace('href="#', ""), "a colour that no scheme can change"
@@ -192,6 +203,28 @@ def test_the_verb_makes_the_page_again_and_notes_its_checksum(
 def _splits(made: MadeUp, folder: Path, root: Path) -> object:
     assert folder == root / "datasets" / "digits"
     return type("Splits", (), {"test": made.test})
+
+
+def test_the_last_phase_writes_the_page_before_the_results(tmp_path: Path) -> None:
+    made = make(tmp_path, samples(LABELS), LABELS)
+    made.run.results.unlink()
+    assert _finish(made) == file_entry(made.run.report)
+    assert b"made-up" in made.run.report.read_bytes()
+    made.run.report.write_bytes(b"an earlier attempt's")
+    assert _finish(made) == file_entry(made.run.report)
+    assert made.run.report.read_bytes() == b"an earlier attempt's"
+
+
+def _finish(made: MadeUp) -> dict[str, Any]:
+    """The report's entry in results.json after an attempt's last phase."""
+    claim: Any = SimpleNamespace(attempt=2, check=lambda: None)
+    publisher = Publisher(0.0)
+    attempt = Attempt(made.run, Deadline(None), claim, publisher, Status(made.run.status, publisher, attempt=2))
+    attempt.splits = Splits(made.test[:4], made.test[:2], made.test, LABELS, 0)
+    attempt.training_summary = TRAIN
+    attempt.finish()
+    entry: dict[str, Any] = read_json(made.run.results)["artifacts"]["report.html"]
+    return entry
 
 
 def test_the_verb_refuses_what_it_cannot_report(

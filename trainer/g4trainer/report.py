@@ -118,6 +118,11 @@ def charts(run: RunDir, results: Mapping[str, Any], samples_a_step: int) -> list
             report_plots.throughput_chart(lines, samples_a_step, resumed),
         ),
         ("Gradient norm", "Norm of the gradient by step, before clipping.", by_step("grad_norm", "gradient norm")),
+        (
+            "GPU memory",
+            f"Peak memory of the attempt by step, in GiB; {gibibytes(train['peak_memory_bytes'])} at most.",
+            by_step("peak_memory_bytes", "peak so far, GiB"),
+        ),
     ]
     return [{"title": title, "told": told, "svg": svg} for title, told, svg in drawn if svg]
 

@@ -92,10 +92,12 @@ def loss_chart(lines: Sequence[Line], resumed: Sequence[int], best_step: int | N
 
 
 def step_chart(lines: Sequence[Line], name: str, label: str, resumed: Sequence[int]) -> str | None:
-    """One logged number by step; None where it was not logged."""
+    """One logged number by step, bytes as GiB; None where it was not logged."""
     series = _series(lines, "train", "step", name)
     if series is None:
         return None
+    if name.endswith("_bytes"):
+        series = series[0], series[1] / 2**30
     with mpl.rc_context(STYLE):
         figure, axes = _chart("optimizer step", label)
         smooth = name == "grad_norm"

@@ -368,6 +368,7 @@ class RunTrainer(Trainer):
                 learning_rate=logs["learning_rate"],
                 grad_norm=logs.get("grad_norm"),
                 samples_per_second=rate,
+                peak_memory_bytes=_peak_memory() or None,
             )
             self.status.update(loss=logs["loss"], learning_rate=logs["learning_rate"])
             log.info("step %d of %d: loss %.4f, %.2f samples/s", step, self.plan.total_steps, logs["loss"], rate)
