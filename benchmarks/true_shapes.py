@@ -29,7 +29,7 @@ from transformers import AutoModelForMultimodalLM, Gemma4Config
 
 from g4trainer import gemma
 from g4trainer import recipe as recipes
-from g4trainer.model import attach_lora, compile_layers, compute_dtype
+from g4trainer.model import UNQUANTIZED, attach_lora, compile_layers, compute_dtype
 
 BUDGET = 280  # soft tokens
 ROWS, COLUMNS = 14, 19  # of soft tokens: what an ordinary photo fills of that budget
@@ -90,14 +90,15 @@ def tiny_config(size: gemma.Size) -> Any:
 
 
 def build(config: Any, device: torch.device) -> Any:
-    """The base model with random weights, its linear layers but the head at NF4, each made on the device."""
+    """The base model with random weights, at NF4 what a run holds at NF4, each layer made on the device."""
     dtype = compute_dtype(device)
     with accelerate.init_empty_weights(include_buffers=False):
         model = AutoModelForMultimodalLM.from_config(config, dtype=dtype)
     head = model.get_output_embeddings()
-    for module in list(model.modules()):
+    for owner, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, torch.nn.Linear) and child is not head:
+            kept = f"{owner}.{name}".endswith(UNQUANTIZED)
+            if isinstance(child, torch.nn.Linear) and child is not head and not kept:
                 setattr(module, name, quantized(child, device, dtype))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:

@@ -34,14 +34,13 @@ def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def test_what_stays_unquantized_is_what_the_model_leaves() -> None:
-    assert set(model.UNQUANTIZED) - {"lm_head"} <= set(vram.UNQUANTIZED_LINEARS)
+    assert set(model.UNQUANTIZED) - {"lm_head"} == set(vram.UNQUANTIZED_LINEARS)
 
 
 @pytest.mark.parametrize("like", ["E2B", "26B-A4B", "31B"])
 def test_the_bytes_of_a_tiny_model_are_those_that_torch_counts(
-    tiny_folder: Callable[[tiny.Like], Path], like: tiny.Like, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Callable[[tiny.Like], Path], like: tiny.Like
 ) -> None:
-    monkeypatch.setattr(vram, "UNQUANTIZED_LINEARS", tuple(set(model.UNQUANTIZED) - {"lm_head"}))
     folder = tiny_folder(like)
     config = json.loads((folder / "config.json").read_text())
     settings = recipe(lora={"r": 8, "lora_alpha": 8})
@@ -130,6 +129,7 @@ def test_short_sequences_take_eager_attention() -> None:
     assert vram.attention_for(recipe(), 504) == "eager"
     assert vram.attention_for(recipe(), 1300) == "sdpa"
     assert vram.attention_for(recipe(model={"attn_implementation": "eager"}), 1300) == "eager"
+    assert vram.attention_for(recipe(model={"attn_implementation": "sdpa"}), 504) == "sdpa"
 
 
 def test_every_accelerator_has_its_rates() -> None:

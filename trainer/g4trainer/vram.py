@@ -137,9 +137,11 @@ class Model:
 
 
 def attention_for(recipe: Recipe, tokens: int) -> Attention:
-    """The text layers' attention: as the recipe says, but eager for short sequences."""
-    eager = recipe.model.attn_implementation == "eager" or tokens < EAGER_BELOW_TOKENS
-    return "eager" if eager else "sdpa"
+    """The text layers' attention: what the recipe says, or what is fastest at that length."""
+    setting = recipe.model.attn_implementation
+    if setting == "auto":
+        return "eager" if tokens < EAGER_BELOW_TOKENS else "sdpa"
+    return setting
 
 
 def training(model: Model, shape: Shape, step: Step) -> Memory:
