@@ -10,6 +10,7 @@ from g4kit.cloud.local_bucket import storage_errors
 from g4kit.errors import FailedError, UserError
 from g4kit.following import describe
 from g4kit.runs import DamagedError, read_document, read_run, run_folder
+from g4kit.transfer import in_parallel
 from g4trainer.rundir import file_entry
 
 ALWAYS = ("recipe.json", "results.json")
@@ -41,13 +42,15 @@ def fetch(cloud: Cloud, run_id: str, folder: Path, only: Iterable[str], say: Cal
         raise FetchError(f"run {run_id}: has no results yet ({describe(view)}); write: g4kit runs {run_id} --watch")
     artifacts = _artifacts(run_id, results)
     names = choose(artifacts, list(only))
-    copied = 0
-    for name in names:
+
+    def copy(name: str) -> bool:
         if _is_there(folder / name, artifacts[name]):
-            continue
+            return False
         say(f"copying {name}")
         _copy(cloud.bucket, f"{run_folder(run_id)}/{name}", folder / name, artifacts[name])
-        copied += 1
+        return True
+
+    copied = sum(in_parallel(copy, names))
     for name in ALWAYS:
         if name not in names:
             with storage_errors(folder):

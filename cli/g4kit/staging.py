@@ -12,6 +12,7 @@ from typing import Any
 from g4kit import __version__
 from g4kit.cloud.base import Bucket, Object, ObjectNotFoundError, crc32c_of_file
 from g4kit.errors import FailedError, UserError
+from g4kit.transfer import in_parallel
 
 MARKER = "STAGED.json"
 FOLDERS = {"model": "models", "data": "datasets"}
@@ -121,14 +122,17 @@ def _copy(bucket: Bucket, source: Path, files: list[str], folder: str, origin: s
         )
     if MARKER in there:  # until every file is right, the folder is not staged
         bucket.delete(f"{folder}/{MARKER}")
-    entries: dict[str, dict[str, Any]] = {}
-    for name in files:
-        entries[name] = _entry(source / name)
-        if not _same(bucket, there.get(name), entries[name]):
+
+    def copy(name: str) -> dict[str, Any]:
+        entry = _entry(source / name)
+        if not _same(bucket, there.get(name), entry):
             say(f"copying {name}")
             written = bucket.upload_file(source / name, f"{folder}/{name}")
-            if written.crc32c != entries[name]["crc32c"]:
+            if written.crc32c != entry["crc32c"]:
                 raise FailedError(f"{source / name}: changed while it was copied; stage it again.")
+        return entry
+
+    entries = dict(zip(files, in_parallel(copy, files), strict=True))
     listing = {"files": entries, "source": origin, "revision": revision}
     bucket.write(f"{folder}/{MARKER}", (json.dumps(listing, indent=2) + "\n").encode())
     return _summary(folder, listing, already=False)

@@ -8,6 +8,7 @@ Reference: https://cloud.google.com/storage/docs/json_api/v1
 import base64
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ class FakeStorage:
         self.page_size = page_size
         self.rewrite_bytes = 1 << 20
         """Copied by one call of a rewrite; a larger object takes several."""
+        self.sent_bytes = 0
+        """Of objects' contents."""
+        self.pause_s = 0.0
+        """Before each block of a content is sent: a slow line."""
         self.denied: set[str] = set()
         """Permissions that the caller lacks, for example `storage.objects.create`."""
         self._metadata: Metadata = {}
@@ -146,12 +151,12 @@ class FakeStorage:
         }
         wanted = RANGE.match(request.headers.get("range", ""))
         if wanted is None:
-            return Answer(200, headers, stream=_blocks(bucket.root / name, 0, found.size), length=found.size)
+            return Answer(200, headers, stream=self._blocks(bucket.root / name, 0, found.size), length=found.size)
         start, end = int(wanted[1]), min(int(wanted[2] or found.size - 1), found.size - 1)
         if start >= found.size:
             return error(416, "Requested range not satisfiable")
         headers["Content-Range"] = f"bytes {start}-{end}/{found.size}"
-        return Answer(206, headers, stream=_blocks(bucket.root / name, start, end + 1), length=end + 1 - start)
+        return Answer(206, headers, stream=self._blocks(bucket.root / name, start, end + 1), length=end + 1 - start)
 
     def _compose(self, bucket: LocalBucket, bucket_name: str, name: str, request: Request) -> Answer:
         """One object from up to 32 others."""
@@ -161,6 +166,15 @@ class FakeStorage:
         data = b"".join(bucket.read(source["name"]) for source in sources)
         written = bucket.write(name, data, if_generation_match=generation_match(request.query))
         return ok(resource(bucket_name, written, self._metadata))
+
+    def _blocks(self, path: Path, start: int, end: int) -> Iterator[bytes]:
+        with path.open("rb") as file:
+            file.seek(start)
+            while start < end and (block := file.read(min(BLOCK_BYTES, end - start))):
+                start += len(block)
+                self.sent_bytes += len(block)
+                time.sleep(self.pause_s)
+                yield block
 
     def _test_permissions(self, request: Request) -> Answer:
         asked = request.query.get("permissions", "").split(",")
@@ -173,14 +187,6 @@ def _below(bucket: LocalBucket, prefix: str) -> Iterator[Object]:
         yield from bucket.objects(prefix)
     except ObjectNameError:
         return
-
-
-def _blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end and (block := file.read(min(BLOCK_BYTES, end - start))):
-            start += len(block)
-            yield block
 
 
 def _delete(bucket: LocalBucket, name: str, request: Request) -> Answer:

@@ -9,8 +9,9 @@ import json
 import re
 import secrets
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fakes.objects import Metadata, generation_match, resource
@@ -36,6 +37,7 @@ class Session:
     part: Path
     metadata: dict[str, str]
     done: Answer | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def size(self) -> int:
@@ -50,9 +52,10 @@ class Uploads:
         self.sessions: dict[str, Session] = {}
         self.received_bytes = 0
         """Taken in by all chunks, those sent again included."""
+        self.pause_s = 0.0
+        """Before each block of a chunk is taken in: a slow line."""
         self._folder = folder
         self._metadata = metadata
-        self._lock = threading.Lock()
 
     def answer(self, bucket: LocalBucket, bucket_name: str, request: Request) -> Answer:
         kind = request.query.get("uploadType")
@@ -66,7 +69,7 @@ class Uploads:
         if request.method == "DELETE":
             del self.sessions[request.query["upload_id"]]
             return Answer(499)
-        with self._lock:
+        with session.lock:
             return self._put(session, request)
 
     def _multipart(self, bucket: LocalBucket, bucket_name: str, request: Request) -> Answer:
@@ -124,6 +127,7 @@ class Uploads:
         position, cut = first, request.body.limit is not None
         with session.part.open("r+b") as file:
             for block in request.body.blocks():
+                time.sleep(self.pause_s)
                 self.received_bytes += len(block)
                 fresh = block[max(0, there - position) :]
                 file.seek(max(position, there))

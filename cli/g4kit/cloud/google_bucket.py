@@ -4,6 +4,7 @@ Every call is made safe to repeat, because an answer may be lost after the work 
 object's own metadata, by which a write that succeeded unheard is told from one that came too late.
 """
 
+import functools
 import io
 import os
 import secrets
@@ -26,12 +27,11 @@ from g4kit.cloud.base import (
     crc32c_of_file,
 )
 from g4kit.cloud.google_client import Access
-from g4trainer import rundir
+from g4kit.cloud.google_upload import CHUNK_BYTES, Upload
+from g4kit.transfer import partial_file, session_file
 
 TOKEN = "g4kit-write"  # noqa: S105 a metadata key
 FIELDS = "items(name,size,generation,updated,crc32c),prefixes,nextPageToken"
-CHUNK_BYTES = 8 << 20
-"""Sent and kept in memory at a time."""
 CORRUPT_TRIES = 3
 """Bytes that changed on their way are sent again so often."""
 
@@ -125,47 +125,55 @@ class GoogleBucket:
     def upload_file(
         self, path: Path, name: str, *, if_generation_match: int | None = None, progress: Progress | None = None
     ) -> Object:
+        """In one request if it is small, else in chunks that the next process can go on with."""
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+        if size > CHUNK_BYTES:
+            send = functools.partial(self._in_chunks, path=path, match=if_generation_match, progress=progress)
+            return self._upload(name, if_generation_match, send)
+        written = self.write(name, path.read_bytes(), if_generation_match=if_generation_match)
+        if progress:
+            progress(size)
+        return written
 
-            def upload(blob: Any) -> None:
-                blob.chunk_size = CHUNK_BYTES
-                blob.upload_from_file(
-                    _Counted(file, progress),
-                    rewind=True,
-                    size=size,
-                    content_type="application/octet-stream",
-                    if_generation_match=if_generation_match,
-                    checksum="crc32c",
-                    **self._again,
-                )
-
-            return self._upload(name, if_generation_match, upload)
+    def _in_chunks(self, blob: Any, path: Path, match: int | None, progress: Progress | None) -> None:
+        with session_file(path, f"{self.url}/{blob.name} {match}") as session:
+            Upload(self._access, blob, path, session, progress).run(match)
 
     def download_file(self, name: str, path: Path, *, progress: Progress | None = None) -> Object:
         found = self.stat(name)
         blob = self._bucket.blob(name, generation=found.generation)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{rundir.TEMPORARY_SUFFIX}")
+        with self._access.errors(f"{self.url}/{name}"), partial_file(path, found.generation) as (descriptor, partial):
 
-        def download() -> None:
-            with partial.open("wb") as file:
-                blob.download_to_file(_Counted(file, progress), checksum="crc32c", **self._again)
-                file.flush()
-                os.fsync(file.fileno())
-            self._check(name, found.crc32c, crc32c_of_file(partial))
+            def download() -> None:
+                self._receive(blob, found, descriptor, progress)
+                received = crc32c_of_file(partial)
+                if received != found.crc32c:
+                    os.ftruncate(descriptor, 0)
+                    raise ChecksumError(f"{self.url}/{name}", str(found.crc32c), received)
 
-        with self._access.errors(f"{self.url}/{name}"):
             try:
                 _if_corrupt_again(download)
-                partial.replace(path)
             except NotFound:
+                partial.unlink()
                 raise ObjectNotFoundError(self.url, name) from None
-            except DataCorruption as error:
-                raise ChecksumError(f"{self.url}/{name}", str(found.crc32c), str(error).splitlines()[0]) from error
-            finally:
-                partial.unlink(missing_ok=True)
+            partial.replace(path)
         return found
+
+    def _receive(self, blob: Any, found: Object, descriptor: int, progress: Progress | None) -> None:
+        """What is missing of the object, behind what an earlier process has received."""
+        there = os.fstat(descriptor).st_size
+        if there > found.size:
+            os.ftruncate(descriptor, 0)
+            there = 0
+        if progress:
+            progress(there)
+        if there < found.size:
+            with os.fdopen(os.dup(descriptor), "r+b") as file:
+                file.seek(there)
+                blob.download_to_file(_Counted(file, progress), start=there, checksum=None, **self._again)
+                file.flush()
+                os.fsync(file.fileno())
 
     def _upload(self, name: str, match: int | None, upload: Callable[[Any], None]) -> Object:
         """upload: sends the object's bytes; called again where they were changed on their way."""
@@ -213,26 +221,18 @@ class GoogleBucket:
 
 
 class _Counted:
-    """A file that tells how many bytes pass through it."""
+    """A file that tells how many bytes are written to it."""
 
     def __init__(self, file: BinaryIO, progress: Progress | None) -> None:
         self._file = file
         self._progress = progress or (lambda _: None)
 
-    def read(self, size: int = -1) -> bytes:
-        block = self._file.read(size)
-        self._progress(len(block))
-        return block
-
     def write(self, block: bytes) -> int:
         self._progress(len(block))
         return self._file.write(block)
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _object(blob: Any) -> Object:

@@ -1,0 +1,183 @@
+"""Copies outlive kill -9: the next command goes on where the last one was ended."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fakes.google_cloud import FakeGoogleCloud
+from g4kit.cloud.base import StorageError, crc32c_of_file
+from g4kit.cloud.google_bucket import GoogleBucket
+from g4kit.cloud.google_upload import CHUNK_BYTES
+from g4kit.transfer import in_parallel, partial_file, session_file
+from g4trainer.rundir import file_entry
+
+FILES = {"a.parquet": 26 << 20, "b.parquet": 9 << 20, "small.parquet": 1000}
+TOTAL = sum(FILES.values())
+LARGE = 2
+"""Files that are sent in chunks."""
+RUN = "digits-tiny-20260101-120000-0a1b"
+KILLS = [pytest.param(1, id="1 kill"), pytest.param(50, id="50 kills", marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def environ(google: FakeGoogleCloud, tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "deployment.json").write_text(json.dumps(google.deployment.model_dump()))
+    own = {"G4KIT_DEPLOYMENT": str(tmp_path / "deployment.json"), "G4KIT_EMULATOR_HOST": google.server.url}
+    return os.environ | own | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in FILES.items():
+        (folder / name).write_bytes(random.randbytes(size))
+    return folder
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", KILLS)
+def test_staging_goes_on_after_kill_9(
+    google: FakeGoogleCloud, environ: dict[str, str], source: Path, kills: int
+) -> None:
+    uploads = google.storage.uploads
+    uploads.pause_s = 0.01
+    command = ["stage", "data", str(source)]
+    for number in range(kills):
+        kill_after(command, environ, lambda: uploads.received_bytes, TOTAL * (number + random.random()) / kills)
+    uploads.pause_s = 0.0
+    ended = run(command, environ)
+    assert ended.returncode == 0, ended.stderr
+    for name in FILES:
+        assert crc32c_of_file(google.mount / "datasets" / "photos" / name) == crc32c_of_file(source / name)
+    again = uploads.received_bytes - (TOTAL - FILES["small.parquet"])
+    print(f"{kills} kills: {again} bytes sent again, {again / (kills * LARGE * CHUNK_BYTES):.2f} chunks a file, kill")
+    assert again <= kills * LARGE * CHUNK_BYTES
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", KILLS)
+def test_fetching_goes_on_after_kill_9(
+    google: FakeGoogleCloud, environ: dict[str, str], source: Path, tmp_path: Path, kills: int
+) -> None:
+    folder = google.mount / "runs" / RUN
+    (folder / "adapter").mkdir(parents=True)
+    for name in FILES:
+        (source / name).rename(folder / "adapter" / name)
+    artifacts = {f"adapter/{name}": file_entry(folder / "adapter" / name) for name in FILES}
+    (folder / "results.json").write_text(json.dumps({"state": "succeeded", "artifacts": artifacts}))
+    (folder / "recipe.json").write_text("{}")
+    google.storage.pause_s = 0.01
+    command = ["fetch", RUN, "--out", str(tmp_path / "out")]
+    for number in range(kills):
+        kill_after(command, environ, lambda: google.storage.sent_bytes, TOTAL * (number + random.random()) / kills)
+    google.storage.pause_s = 0.0
+    ended = run(command, environ)
+    assert ended.returncode == 0, ended.stderr
+    for name, entry in artifacts.items():
+        assert file_entry(tmp_path / "out" / name) == entry
+    assert [path.name for path in (tmp_path / "out").rglob(".*")] == []
+    again = google.storage.sent_bytes - TOTAL
+    print(f"{kills} kills: {again} bytes sent again, {again / (kills * LARGE * CHUNK_BYTES):.2f} chunks a file, kill")
+    assert again <= kills * len(FILES) * CHUNK_BYTES
+
+
+def test_an_upload_whose_object_was_deleted_since_is_made_again(
+    google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session says that it is done: an earlier process was killed right after."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bucket = GoogleBucket(google.access())
+    file = tmp_path / "file"
+    file.write_bytes(random.randbytes(CHUNK_BYTES + 1))
+    target = f"{bucket.url}/a None"
+    bucket.upload_file(file, "a")
+    [session] = google.storage.uploads.sessions
+    with session_file(file, target) as kept:
+        kept.write(f"{google.server.url}/upload/storage/v1/b/g4kit-test/o?uploadType=resumable&upload_id={session}")
+    bucket.delete("a")
+    bucket.upload_file(file, "a")
+    assert bucket.stat("a").crc32c == crc32c_of_file(file)
+
+
+def test_a_session_that_is_gone_is_begun_anew(
+    google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bucket = GoogleBucket(google.access())
+    file = tmp_path / "file"
+    file.write_bytes(random.randbytes(CHUNK_BYTES + 1))
+    with session_file(file, f"{bucket.url}/a None") as kept:
+        kept.write(f"{google.server.url}/upload/storage/v1/b/g4kit-test/o?uploadType=resumable&upload_id=gone")
+    bucket.upload_file(file, "a")
+    assert bucket.stat("a").crc32c == crc32c_of_file(file)
+
+
+def test_a_session_is_for_its_owner_and_for_the_same_bytes(tmp_path: Path) -> None:
+    file, cache = tmp_path / "file", {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    file.write_bytes(b"1")
+    with session_file(file, "gs://b/a", cache) as first:
+        first.write("http://secret")
+        with session_file(file, "gs://b/a", cache) as second:  # while the first is in use
+            assert second.read() is None
+            second.remove()
+    [kept] = (tmp_path / "cache").rglob("*.json")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    with session_file(file, "gs://b/a", cache) as again:
+        assert again.read() == "http://secret"
+    os.utime(kept, (0, 0))
+    file.write_bytes(b"12")
+    with session_file(file, "gs://b/a", cache) as other:
+        assert other.read() is None
+    assert not kept.exists(), "a session lasts a week"
+
+
+def test_a_link_is_never_written_through(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="symbolic link"), partial_file(tmp_path / "link", 1):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_first_error_ends_what_has_not_begun() -> None:
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number == 3:
+            raise StorageError("three")
+        time.sleep(0.01)
+        return number
+
+    with pytest.raises(StorageError, match="three"):
+        in_parallel(work, range(1000), workers=2)
+    assert len(begun) < 100
+    assert in_parallel(work, [5, 4, 6], workers=2) == [5, 4, 6]
+
+
+def run(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "g4kit", *command], env=environ, capture_output=True, text=True, check=False
+    )
+
+
+def kill_after(command: list[str], environ: dict[str, str], moved: Callable[[], int], threshold: float) -> None:
+    """Starts the command and kills it once so many bytes have moved, over all starts; it may have ended before."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "g4kit", *command],
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while moved() < threshold and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
