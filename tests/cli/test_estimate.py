@@ -207,6 +207,30 @@ def test_prices_and_the_estimate_are_frozen_into_the_run() -> None:
     assert "max_cost_usd" not in plan.prices
 
 
+def test_on_cloud_run_the_deployments_own_job_is_priced(bare: Bench) -> None:
+    """Its CPU, memory, redundancy and retries, which a launch cannot change."""
+    job = {"name": "j", "accelerator": "nvidia-rtx-pro-6000", "cpu": 30, "memory_gib": 120, "timeout_s": 3600}
+    job |= {"max_retries": 3, "gpu_zonal_redundancy_disabled": False}
+    names = ("project", "region", "prefix", "bucket", "repository", "image", "mount_path")
+    document = {name: name for name in names} | {"jobs": {"train": job}, "service_accounts": {"runtime": "a"}}
+    document["tools_job"] = {"name": "t", "cpu": 1, "memory_gib": 1, "timeout_s": 60}
+    path = bare.folder / "deployment.json"
+    path.write_text(json.dumps(document))
+    environ = {"G4KIT_DEPLOYMENT": str(path)}
+    bucket = bare.cloud.bucket
+    found = estimating_inputs.estimate_for(bucket, load_recipe(PETS), target="cloudrun", environ=environ)
+    expected = prices_of("nvidia-rtx-pro-6000", cpu=30, memory_gib=120, zonal_redundancy=True)
+    assert found.prices == expected
+    assert found.recipe.job.max_attempts == 4
+    assert found.cost is not None
+    assert expected is not None
+    assert found.cost.worst == pytest.approx(4 * expected.hour)
+    other = load_recipe(RECIPES / "oxford-pets-e4b.toml")  # an L4, which this deployment does not have
+    assert estimating_inputs.estimate_for(bucket, other, target="cloudrun", environ=environ).prices == prices_of(
+        "nvidia-l4"
+    )
+
+
 @pytest.mark.parametrize(("target", "job"), [("cloudrun", (1129, 10)), ("vertex", (3600, 3))])
 def test_a_cap_on_the_cost_shortens_the_run(target: str, job: tuple[int, int]) -> None:
     found = estimated(load_recipe(PETS))

@@ -37,7 +37,7 @@ def command(recipe: Path, overrides: tuple[str, ...], compare: bool, target: str
         else:
             print_data(estimate_text.comparison(estimates))
         sys.exit(0 if any(found.fits for _, found in estimates) else 1)
-    found = estimate_for(cloud.bucket, asked, on_this_machine=target == "local")
+    found = estimate_for(cloud.bucket, asked, target=target or (cloud.target if cloud.target != "local" else None))
     if as_json:
         print_json(found.to_json())
     else:

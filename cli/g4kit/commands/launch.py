@@ -48,10 +48,10 @@ def command(
 
     cloud = open_cloud(target)
     plan = plan_launch(cloud, recipe, overrides, run_id)
-    estimate = estimate_for(cloud.bucket, plan.recipe, on_this_machine=cloud.target == "local")
+    estimate = estimate_for(cloud.bucket, plan.recipe, target=cloud.target)
     say(estimate_text.text(estimate))
     estimate.refuse()
-    plan = priced(plan, estimate, max_cost)
+    plan = priced(dataclasses.replace(plan, recipe=estimate.recipe), estimate, max_cost)
     if plan.recipe != estimate.recipe:
         job = plan.recipe.job
         say(f"--max-cost {max_cost:g}: at most {job.max_attempts} attempts of {job.timeout_s} s")

@@ -33,7 +33,7 @@ def command(recipe: Path, out: Path, overrides: tuple[str, ...], target: str | N
 
     asked = load(recipe, overrides)
     cloud = open_cloud(target)
-    estimate = estimate_for(cloud.bucket, asked, on_this_machine=False)
+    estimate = estimate_for(cloud.bucket, asked, target=None)
     estimate.refuse()
     stated: dict[str, Any] = {name: value for name, value in place.items() if value is not None}
     files = templates(estimate, Place(**stated))
