@@ -10,6 +10,7 @@ from g4kit import __version__
 from g4kit.errors import UserError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "doctor": ("g4kit.commands.doctor", "Check that this target can run a job, and say how to mend what cannot."),
     "preflight": (
         "g4kit.commands.preflight",
         "Check a recipe's model, LoRA targets and data before anything is paid for.",

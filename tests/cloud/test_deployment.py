@@ -75,4 +75,4 @@ def test_jobs_are_found_by_accelerator(google: FakeGoogleCloud) -> None:
     assert [job.name for job in deployment.jobs_with("nvidia-l4")] == ["g4kit-l4"]
     assert deployment.jobs_with("nvidia-h100") == []
     assert deployment.job_names == ["g4kit-l4", "g4kit-rtx", "g4kit-tools"]
-    assert deployment.location == "projects/test-project/locations/us-central1"
+    assert deployment.location == "projects/test-project/locations/europe-west4"

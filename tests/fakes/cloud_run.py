@@ -6,8 +6,10 @@ Reference: https://cloud.google.com/run/docs/reference/rest/v2/projects.location
 
 import datetime
 import json
+import os
 import re
 import secrets
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -42,7 +44,8 @@ class Job:
     name: str
     max_retries: int = 3
     timeout_s: int = 3600
-    image: str = "us-central1-docker.pkg.dev/test-project/g4kit/g4kit@sha256:" + "0" * 64
+    image: str = "europe-west4-docker.pkg.dev/test-project/g4kit/g4kit@sha256:" + "0" * 64
+    service_account: str = "g4kit-runtime@test-project.iam.gserviceaccount.com"
 
 
 @dataclass
@@ -100,6 +103,11 @@ class FakeRun:
 
     def started(self, name: str) -> Started | None:
         return self._started.get(name)
+
+    def lose_machine(self, name: str) -> None:
+        """Ends the attempt that runs, as the loss of its machine does: at once, with all its processes."""
+        state = json.loads(self.engine.jobs.folder(name).state.read_text())
+        os.killpg(state["attempt"]["pid"], signal.SIGKILL)
 
     def stop(self) -> None:
         """Ends what still runs."""
@@ -201,6 +209,7 @@ class FakeRun:
     def _job_document(self, job: Job) -> dict[str, Any]:
         container = {"image": job.image, "args": ["selftest"]}
         template = {"containers": [container], "maxRetries": job.max_retries, "timeout": f"{job.timeout_s}s"}
+        template["serviceAccount"] = job.service_account
         return {"name": f"{self._location}/jobs/{job.name}", "template": {"taskCount": 1, "template": template}}
 
     def _execution_document(self, started: Started) -> dict[str, Any]:
@@ -254,8 +263,8 @@ class FakeRun:
             "conditions": [_completed(state, "", reason)],
         }
         if task.exit_code is not None:
-            signal = task.exit_code - 128 if task.exit_code > 128 else 0
-            result = {"termSignal": signal} if signal else {"exitCode": task.exit_code}
+            killed_by = task.exit_code - 128 if task.exit_code > 128 else 0
+            result = {"termSignal": killed_by} if killed_by else {"exitCode": task.exit_code}
             document["lastAttemptResult"] = {"status": {"code": 2 if task.exit_code else 0}, **result}
         return document
 

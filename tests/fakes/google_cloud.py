@@ -44,12 +44,12 @@ class FakeGoogleCloud:
 
 def deployment(mount: Path) -> Deployment:
     """What Terraform would say of it."""
-    repository = "us-central1-docker.pkg.dev/test-project/g4kit"
+    repository = "europe-west4-docker.pkg.dev/test-project/g4kit"
     gpu = {"cpu": 20, "memory_gib": 80, "timeout_s": 3600, "max_retries": 3}
     return Deployment.model_validate(
         {
             "project": "test-project",
-            "region": "us-central1",
+            "region": "europe-west4",
             "prefix": "g4kit",
             "bucket": BUCKET,
             "repository": repository,

@@ -62,11 +62,17 @@ class Request:
     method: str
     path: str
     """Still percent-encoded, so that a slash within a name differs from one between names."""
-    query: Mapping[str, str]
+    queries: Mapping[str, list[str]]
+    """Every value of each parameter."""
     headers: Mapping[str, str]
     """By their names in lower case."""
     body: Body
     base_url: str
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The last value of each parameter."""
+        return {key: values[-1] for key, values in self.queries.items()}
 
     def json(self) -> dict[str, Any]:
         return dict(json.loads(self.body.read() or b"{}"))
@@ -154,7 +160,7 @@ class Exchange:
         self._request = Request(
             method=handler.command,
             path=address.path,
-            query={key: values[-1] for key, values in parse_qs(address.query, keep_blank_values=True).items()},
+            queries=parse_qs(address.query, keep_blank_values=True),
             headers={key.lower(): value for key, value in handler.headers.items()},
             body=Body(handler.rfile, int(handler.headers.get("Content-Length") or 0)),
             base_url=server.url,

@@ -29,7 +29,7 @@ MAX_PARTS = 32
 class FakeStorage:
     """`page_size`: entries of a listing's page, however many are asked for. `permissions`: what the caller lacks."""
 
-    def __init__(self, folder: Path, *, location: str = "US-CENTRAL1", page_size: int = 1000) -> None:
+    def __init__(self, folder: Path, *, location: str = "EUROPE-WEST4", page_size: int = 1000) -> None:
         self.folder = folder
         self.location = location
         self.page_size = page_size
@@ -177,7 +177,7 @@ class FakeStorage:
                 yield block
 
     def _test_permissions(self, request: Request) -> Answer:
-        asked = request.query.get("permissions", "").split(",")
+        asked = request.queries["permissions"]
         return ok({"permissions": [permission for permission in asked if permission not in self.denied]})
 
 

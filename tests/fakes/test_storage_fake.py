@@ -156,7 +156,8 @@ def test_a_denied_permission_and_a_full_quota_are_google_errors(
     fake.denied.add("storage.objects.create")
     with pytest.raises(Forbidden, match=r"storage\.objects\.create"):
         bucket.blob("a").upload_from_string(b"")
-    assert bucket.test_iam_permissions(["storage.objects.create", "storage.objects.get"]) == ["storage.objects.get"]
+    asked = ["storage.objects.list", "storage.objects.create", "storage.objects.get"]
+    assert bucket.test_iam_permissions(asked) == ["storage.objects.list", "storage.objects.get"]
     server.faults.add(Fault(Kind.RETURN_429))
     with pytest.raises(TooManyRequests):
         bucket.blob("a").exists(retry=None)

@@ -190,6 +190,17 @@ class Logs(Protocol):
         """Every line, those to come as well, until the execution has ended. Raises ExecutionNotFoundError."""
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `g4kit doctor` has looked at."""
+
+    check: str
+    ok: bool
+    found: str
+    mend: str = ""
+    """The command that mends it."""
+
+
 class Cloud(Protocol):
     @property
     def target(self) -> str:
@@ -203,6 +214,9 @@ class Cloud(Protocol):
 
     @property
     def logs(self) -> Logs: ...
+
+    def findings(self) -> list[Finding]:
+        """What must be right before a run can succeed here, checked now. What cannot be asked is a finding as well."""
 
 
 class ObjectNotFoundError(UserError):

@@ -6,6 +6,7 @@ Each of the three loads its client when it is first used: a command that only re
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from g4kit.cloud.base import Finding
 from g4kit.cloud.google_client import Access
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ class GoogleCloud:
 
     def __init__(self, access: Access) -> None:
         self._access = access
+
+    def findings(self) -> list[Finding]:
+        from g4kit.cloud.google_checks import findings
+
+        return findings(self._access, self.bucket, self.jobs)
 
     @cached_property
     def bucket(self) -> "GoogleBucket":

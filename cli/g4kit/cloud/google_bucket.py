@@ -8,7 +8,7 @@ import functools
 import io
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -135,6 +135,17 @@ class GoogleBucket:
         if progress:
             progress(size)
         return written
+
+    def location(self) -> str:
+        """The bucket's region, for example `us-central1`."""
+        with self._access.errors(self.url):
+            return str(self._client.get_bucket(self._name, **self._again).location).lower()
+
+    def missing(self, permissions: Sequence[str]) -> list[str]:
+        """Those of the permissions that the caller lacks."""
+        with self._access.errors(self.url):
+            granted = self._bucket.test_iam_permissions(permissions, **self._again)
+        return [permission for permission in permissions if permission not in granted]
 
     def _in_chunks(self, blob: Any, path: Path, match: int | None, progress: Progress | None) -> None:
         with session_file(path, f"{self.url}/{blob.name} {match}") as session:

@@ -73,6 +73,15 @@ class GoogleJobs:
             return [str(error)]
         return []
 
+    def read_job(self, name: str) -> Any:
+        """The job as Cloud Run has it; None where it is not there."""
+        path = f"{self._deployment.location}/jobs/{name}"
+        with self._access.errors(path):
+            try:
+                return self._jobs.get_job(name=path, **self._again)
+            except NotFound:
+                return None
+
     def run(self, request: JobRequest) -> Execution:
         found = self._launched(request)
         if found is None and self._claim(request):

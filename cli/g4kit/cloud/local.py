@@ -16,6 +16,7 @@ from pathlib import Path
 from g4kit.cloud.base import (
     Execution,
     ExecutionNotFoundError,
+    Finding,
     JobRequest,
     JobStartError,
     LogLine,
@@ -50,6 +51,22 @@ class LocalCloud:
         self.bucket = LocalBucket(root)
         self.jobs = LocalJobs(self.bucket, command, grace_s)
         self.logs = LocalLogs(self.jobs)
+        self._command = command
+
+    def findings(self) -> list[Finding]:
+        problems = trainer_problems(self._command)
+        return [
+            Finding("trainer", not problems, shlex.join(self._command), problems[0] if problems else ""),
+            self._bucket_finding(),
+        ]
+
+    def _bucket_finding(self) -> Finding:
+        """The folder that is to be written in: the root, or what will hold it."""
+        root = self.bucket.root
+        folder = next(path for path in (root, *root.parents) if path.exists())
+        ok = folder.is_dir() and os.access(folder, os.W_OK)
+        mend = "" if ok else f"{folder}: set G4KIT_ROOT to a folder that can be written"
+        return Finding("bucket", ok, self.bucket.url, mend)
 
 
 class LocalJobs:
