@@ -1,4 +1,4 @@
-"""Lets torchvision import beside any torch, before a test module imports transformers; without torch nothing is done."""
+"""Lets torchvision import beside any torch, before a test imports transformers; without torch nothing is done."""
 
 import importlib.util
 import os

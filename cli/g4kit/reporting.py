@@ -127,11 +127,14 @@ def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[A
 
 def warnings(reports: Sequence[Report]) -> Iterable[str]:
     """Why figures that stand side by side may not be comparable."""
-    tests = [
-        (*(_part(report.recipe, "data").get(key) for key in ("dataset", "test_size")), _part(report.results, "data"))
+    tests = {
+        (
+            *(_part(report.recipe, "data").get(key) for key in ("dataset", "test_size")),
+            _part(report.results, "data").get("test"),
+        )
         for report in reports
-    ]
-    if len({(dataset, wanted, counts.get("test")) for dataset, wanted, counts in tests}) > 1:
+    }
+    if len(tests) > 1:
         yield "these runs were not evaluated on the same test samples: their accuracies do not compare"
 
 
