@@ -148,3 +148,15 @@ def data_workers(count: int) -> None:
 def checkpoints_take(seconds: float) -> None:
     """What a checkpoint is expected to take."""
     part("checkpoint_writer.CheckpointWriter").expected_s = lambda _: seconds
+
+
+def best_is(step: int) -> None:
+    """Validation losses grow with the distance from a step."""
+    trainer = part("trainer.RunTrainer")
+    summed = trainer._summed_loss
+
+    def weighted(self: Any, model: Any, inputs: Any) -> Any:
+        loss, outputs = summed(self, model, inputs)
+        return (loss if model.training else loss * 10 ** abs(self.state.global_step - step)), outputs
+
+    trainer._summed_loss = weighted

@@ -8,7 +8,6 @@ the attempt is over, `{"id", "status"}`: its exit code, or minus the signal that
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -49,7 +48,7 @@ def main(root: Path) -> None:
 
 def _attempt(request: dict[str, Any]) -> None:
     """Does in the forked process what `python -m g4trainer run PATH` does; never returns."""
-    from chaos import layer
+    from chaos import faults, layer
     from g4trainer import __main__ as program
 
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -62,7 +61,7 @@ def _attempt(request: dict[str, Any]) -> None:
     if request["layer"]:
         layer.install(Path(request["run"]), request["layer"])
     for name, arguments in request["faults"].items():
-        getattr(importlib.import_module("chaos.faults"), name)(*arguments)
+        getattr(faults, name)(*arguments)
     code = 1
     try:
         code = program.main(["run", request["run"]])

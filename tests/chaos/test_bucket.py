@@ -63,7 +63,8 @@ def test_of_processes_started_together_one_goes_on(
     codes = [attempt.wait() for attempt in together]
     assert sorted(codes) == [0, 1, 1], [attempt.log for attempt in together]
     for attempt in together:
-        assert attempt.status == 0 or "is writing this run" in attempt.log
+        gave_way = "is writing this run" in attempt.log or "took over" in attempt.log  # the latter where it was starved
+        assert attempt.status == 0 or gave_way, attempt.log
     assert_same_result(run, undisturbed)
     if mounted:
         winner = next(attempt.pid for attempt in together if attempt.status == 0)
@@ -71,6 +72,7 @@ def test_of_processes_started_together_one_goes_on(
         assert all("/claims/" in path for path in others), "who lost wrote nothing but its claim"
 
 
+@pytest.mark.slow
 def test_a_later_process_finds_the_run_taken(server: Server, run: RunDir, journal: Path) -> None:
     first = server.start(run, layer=bucket(journal), faults={"slow_steps": [1.0]}, **ON_A_MOUNT)
     first.wait_for("step 1 of")

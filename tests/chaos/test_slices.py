@@ -10,10 +10,10 @@ from chaos.attempts import STEPS, Server, assert_same_result, committed_steps, l
 from g4trainer.claims import attempts
 from g4trainer.rundir import RunDir, read_json
 
-LIMIT_S = 5.5
-MICRO_BATCH_S = 1.05
+LIMIT_S = 9.0
+MICRO_BATCH_S = 1.8
 """One step of two micro-batches fits into the limit beside loading, two do not."""
-NOISE_S = 1.0
+NOISE_S = 2.0
 """What a busy machine may add to a step that was foreseen."""
 
 
