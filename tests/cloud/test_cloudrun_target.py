@@ -125,6 +125,25 @@ def test_a_dry_run_starts_nothing_and_says_what_is_denied(staged: Call, google: 
     assert not (google.mount / "runs").exists()
 
 
+def test_a_token_of_the_environment_is_written_nowhere(
+    staged: Call, google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hf_" + os.urandom(16).hex()
+    monkeypatch.setenv("HF_TOKEN", secret)
+    said = [staged("stage", "data", "builtin:digits"), staged("launch", "tiny.toml", "--dry-run", "--json", "--yes")]
+    launched = staged("launch", "tiny.toml", "--wait", "--yes")
+    run_id = launched.stdout.strip()
+    said += [launched, *(staged(verb, run_id) for verb in ("logs", "runs", "fetch")), staged("doctor", "--json")]
+    assert [result.exit_code for result in said] == [0] * len(said)
+    assert secret not in "".join(result.stdout + result.stderr for result in said)
+    started = google.run.started(google.run.names[0])
+    assert started is not None
+    assert secret not in json.dumps(started.template)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
 def test_without_a_deployment_it_says_how_to_get_one(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("G4KIT_DEPLOYMENT")
     refused = call("runs", "--target", "cloudrun")

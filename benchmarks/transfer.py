@@ -1,0 +1,72 @@
+"""Memory and rate of `g4kit stage` and `g4kit fetch` against the live fake on this machine.
+
+    PYTHONPATH=tests python benchmarks/transfer.py --gb 4
+
+The server shares the machine, so the rate is a lower bound; the memory is the command's own, the highest it reached.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from fakes.google_cloud import FakeGoogleCloud
+from g4trainer.rundir import file_entry
+
+RUN = "digits-tiny-20260101-120000-0a1b"
+PARTS = 4
+BLOCK = random.Random(0).randbytes(1 << 20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--gb", type=float, default=4.0, help="size of all files together, in 10^9 bytes")
+    gb: float = parser.parse_args().gb
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        google = FakeGoogleCloud(folder / "google")
+        (folder / "deployment.json").write_text(json.dumps(google.deployment.model_dump()))
+        own = {"G4KIT_DEPLOYMENT": str(folder / "deployment.json"), "G4KIT_EMULATOR_HOST": google.server.url}
+        environ = os.environ | own | {"XDG_CACHE_HOME": str(folder / "cache")}
+        source = make(folder / "source", int(gb * 1e9) // PARTS)
+        rows = [measure("stage", ["stage", "data", str(source)], environ, gb)]
+        run = google.mount / "runs" / RUN
+        run.mkdir(parents=True)
+        source.rename(run / "adapter")
+        artifacts = {f"adapter/{path.name}": file_entry(path) for path in (run / "adapter").iterdir()}
+        (run / "results.json").write_text(json.dumps({"state": "succeeded", "artifacts": artifacts}))
+        (run / "recipe.json").write_text("{}")
+        rows.append(measure("fetch", ["fetch", RUN, "--out", str(folder / "out")], environ, gb))
+        google.close()
+    print("\n".join(["| | GB | s | MB/s | peak MB |", "|---|---|---|---|---|", *rows]))
+
+
+def make(folder: Path, size: int) -> Path:
+    """A data set of a few large files."""
+    folder.mkdir()
+    for number in range(PARTS):
+        with (folder / f"{number}.parquet").open("wb") as file:
+            file.write(number.to_bytes(1, "big"))
+            for _ in range(size // len(BLOCK)):
+                file.write(BLOCK)
+    return folder
+
+
+def measure(name: str, command: list[str], environ: dict[str, str], gb: float) -> str:
+    """A row of the table. The peak is of this one process."""
+    begun = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "g4kit", *command], env=environ, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - begun
+    if status:
+        raise SystemExit(f"{name}: ended with status {status}")
+    return f"| {name} | {gb:g} | {seconds:.1f} | {gb * 1000 / seconds:.0f} | {usage.ru_maxrss / 1000:.0f} |"
+
+
+if __name__ == "__main__":
+    main()
