@@ -31,7 +31,7 @@ KILLS = [pytest.param(1, id="1 kill"), pytest.param(50, id="50 kills", marks=pyt
 def environ(google: FakeGoogleCloud, tmp_path: Path) -> dict[str, str]:
     (tmp_path / "deployment.json").write_text(json.dumps(google.deployment.model_dump()))
     own = {"G4KIT_DEPLOYMENT": str(tmp_path / "deployment.json"), "G4KIT_EMULATOR_HOST": google.server.url}
-    return os.environ | own | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return os.environ | own
 
 
 @pytest.fixture
@@ -90,11 +90,8 @@ def test_fetching_goes_on_after_kill_9(
     assert again <= kills * len(FILES) * CHUNK_BYTES
 
 
-def test_an_upload_whose_object_was_deleted_since_is_made_again(
-    google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_whose_object_was_deleted_since_is_made_again(google: FakeGoogleCloud, tmp_path: Path) -> None:
     """The session says that it is done: an earlier process was killed right after."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bucket = GoogleBucket(google.access())
     file = tmp_path / "file"
     file.write_bytes(random.randbytes(CHUNK_BYTES + 1))
@@ -108,10 +105,7 @@ def test_an_upload_whose_object_was_deleted_since_is_made_again(
     assert bucket.stat("a").crc32c == crc32c_of_file(file)
 
 
-def test_a_session_that_is_gone_is_begun_anew(
-    google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_session_that_is_gone_is_begun_anew(google: FakeGoogleCloud, tmp_path: Path) -> None:
     bucket = GoogleBucket(google.access())
     file = tmp_path / "file"
     file.write_bytes(random.randbytes(CHUNK_BYTES + 1))
