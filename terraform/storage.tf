@@ -24,7 +24,7 @@ resource "google_storage_bucket" "this" {
     }
   }
 
-  # A checkpoint's adapter has the name of the final one, so it stays; what only a resume needs goes, its marker included.
+  # Checkpoints of old runs go, their marker included; the final adapter has a name of its own.
   lifecycle_rule {
     action {
       type = "Delete"
@@ -32,7 +32,7 @@ resource "google_storage_bucket" "this" {
     condition {
       age            = var.checkpoint_retention_days
       matches_prefix = ["runs/"]
-      matches_suffix = ["/COMMITTED.json", "/optimizer.safetensors", "/state.json", "/trainer_state.json"]
+      matches_suffix = ["/COMMITTED.json", "/adapter.safetensors", "/optimizer.safetensors", "/state.json", "/trainer_state.json"]
     }
   }
 

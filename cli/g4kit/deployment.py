@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from g4kit.errors import UserError
-from g4kit.targets import DEPLOYMENT as VARIABLE
+from g4kit.variables import DEPLOYMENT as VARIABLE
 
 HOW = "write: terraform -chdir=terraform output -json > deployment.json, and set G4KIT_DEPLOYMENT to that file."
 

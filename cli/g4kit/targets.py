@@ -7,11 +7,9 @@ from pathlib import Path
 from g4kit.cloud.base import Cloud
 from g4kit.errors import UserError
 from g4kit.output import say
+from g4kit.variables import DEPLOYMENT, EMULATOR
 
 LOCAL_ROOT = ".g4kit"
-EMULATOR = "G4KIT_EMULATOR_HOST"
-"""Names an address, for example http://127.0.0.1:8080, that stands in for Google's services; nobody signs in there."""
-DEPLOYMENT = "G4KIT_DEPLOYMENT"
 
 
 def open_cloud(target: str | None, environ: Mapping[str, str] = os.environ) -> Cloud:

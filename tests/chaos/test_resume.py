@@ -15,6 +15,7 @@ from chaos.attempts import (
     new_run,
     recipe,
 )
+from g4trainer.artifacts import ADAPTER_WEIGHTS
 from g4trainer.checkpoint import ADAPTER_FILE
 from g4trainer.claims import attempts
 from g4trainer.rundir import RunDir, read_json
@@ -46,14 +47,14 @@ def test_resumed_at_every_step(server: Server, undisturbed: RunDir, run: RunDir)
     seconds = read_json(run.results)["seconds"]
     own = [noted["seconds"] for noted in attempts(run)]
     assert seconds["train"] == pytest.approx(sum(part["train"] for part in own), abs=0.5)
-    assert seconds["total"] == pytest.approx(sum(part["total"] for part in own), abs=0.5)
+    assert seconds["total"] == pytest.approx(sum(part["total"] for part in own), abs=1), "but for its very end"
 
 
 def test_killed_between_the_last_checkpoint_and_the_adapter(server: Server, undisturbed: RunDir) -> None:
     run = copy_of(undisturbed, "no-adapter", without=(*AFTER_TRAINING, "adapter"))
     half_written = server.run(run, layer={"under": "adapter", "kill_at": 12})
     assert half_written.status == -signal.SIGKILL
-    assert {"adapter_config.json", ADAPTER_FILE} <= {path.name for path in run.adapter.iterdir()}
+    assert {"adapter_config.json", ADAPTER_WEIGHTS} <= {path.name for path in run.adapter.iterdir()}
     resumed = server.run(run)
     assert resumed.status == 0, resumed.log
     assert "training is skipped" not in resumed.log, "a half-written adapter was taken for whole"
@@ -63,7 +64,7 @@ def test_killed_between_the_last_checkpoint_and_the_adapter(server: Server, undi
 
 def test_a_damaged_adapter_is_made_again(server: Server, undisturbed: RunDir) -> None:
     run = copy_of(undisturbed, "damaged-adapter", without=AFTER_TRAINING)
-    path = run.adapter / ADAPTER_FILE
+    path = run.adapter / ADAPTER_WEIGHTS
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     resumed = server.run(run)
     assert resumed.status == 0, resumed.log

@@ -145,6 +145,7 @@ def test_old_checkpoints_expire_and_results_stay(terraform: Terraform) -> None:
     (expiring,) = [condition for condition in conditions if condition["matches_prefix"] == ["runs/"]]
     only_to_resume = (
         checkpoint.COMMITTED,
+        checkpoint.ADAPTER_FILE,
         checkpoint.OPTIMIZER_FILE,
         checkpoint.STATE_FILE,
         checkpoint.TRAINER_STATE_FILE,

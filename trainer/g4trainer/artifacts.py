@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 
 from g4trainer import __version__
-from g4trainer.checkpoint import ADAPTER_FILE
 from g4trainer.claims import attempts
 from g4trainer.dataset import Splits
 from g4trainer.evaluate import Prediction
@@ -24,7 +23,8 @@ from g4trainer.rundir import RunDir, file_entry, manifest, read_json, write_byte
 HEADLINE = ("count", "accuracy", "accuracy_interval_95", "macro_f1", "unknown_rate", "exact_match")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 SECONDS = ("load", "baseline", "train", "final", "total")
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The names that PEFT looks for."""
 TRAINING_SUMMARY = "training_summary.json"
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,10 @@ def write_adapter(run: RunDir, model: Any, summary: dict[str, Any]) -> None:
         model.peft_config[ADAPTER].save_pretrained(local)
         config = (Path(local) / ADAPTER_CONFIG).read_bytes()
     write_bytes(run.adapter / ADAPTER_CONFIG, config)
-    write_bytes(run.adapter / ADAPTER_FILE, safetensors.torch.save(adapter_tensors(model), metadata={"format": "pt"}))
-    files = {name: file_entry(run.adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_FILE)}
+    write_bytes(
+        run.adapter / ADAPTER_WEIGHTS, safetensors.torch.save(adapter_tensors(model), metadata={"format": "pt"})
+    )
+    files = {name: file_entry(run.adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
     write_json(run.adapter / TRAINING_SUMMARY, {"train": summary, "files": files})
 
 
@@ -45,7 +47,7 @@ def read_adapter(run: RunDir) -> tuple[dict[str, torch.Tensor], dict[str, Any]] 
     """The adapter's tensors and what training came to; None where it is not there, or damaged, which is reported."""
     try:
         summary = read_json(run.adapter / TRAINING_SUMMARY)
-        content = (run.adapter / ADAPTER_FILE).read_bytes()
+        content = (run.adapter / ADAPTER_WEIGHTS).read_bytes()
         differing = [name for name, entry in summary["files"].items() if file_entry(run.adapter / name) != entry]
         train = dict(summary["train"])
     except FileNotFoundError:
@@ -53,7 +55,7 @@ def read_adapter(run: RunDir) -> tuple[dict[str, torch.Tensor], dict[str, Any]] 
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s: %s; the adapter is made again", run.adapter / TRAINING_SUMMARY, error)
         return None
-    if differing or summary["files"].keys() != {ADAPTER_CONFIG, ADAPTER_FILE}:
+    if differing or summary["files"].keys() != {ADAPTER_CONFIG, ADAPTER_WEIGHTS}:
         log.warning("%s: %s not as written; the adapter is made again", run.adapter, ", ".join(differing))
         return None
     return dict(safetensors.torch.load(content)), train

@@ -26,7 +26,7 @@ from g4trainer.exits import ExitCode, TrainerError
 from g4trainer.rundir import to_json, write_bytes
 
 COMMITTED = "COMMITTED.json"
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter.safetensors"  # another name than in adapter/, which the bucket's lifecycle rules must keep
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 TRAINER_STATE_FILE = "trainer_state.json"  # the name under which transformers' Trainer looks for it
