@@ -116,7 +116,7 @@ class Server:
             "log": str(log),
             "environment": {"G4KIT_STATUS_INTERVAL_S": str(INTERVAL_S), "G4KIT_ROOT": str(self.root), **environment},
             "layer": layer,
-            "faults": {"best_is": [BEST]} | (faults or {}),
+            "faults": {"best_is": [BEST], "plain_report": []} | (faults or {}),
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
