@@ -21,13 +21,14 @@ locals {
 
   # The image's user is 10001:10001 (Dockerfile). Metadata may be 5 s old, not Cloud Run's 60: an attempt waits that
   # long before it believes that it is alone. Objects from elsewhere come without folder objects: implicit-dirs.
+  metadata_age_s = 5
   mount_options = [
     "uid=10001",
     "gid=10001",
     "file-mode=640",
     "dir-mode=750",
     "implicit-dirs",
-    "metadata-cache-ttl-secs=5",
+    "metadata-cache-ttl-secs=${local.metadata_age_s}",
   ]
 }
 
@@ -72,6 +73,10 @@ resource "google_cloud_run_v2_job" "gpu" {
         env {
           name  = "G4KIT_ROOT"
           value = local.mount_path
+        }
+        env {
+          name  = "G4KIT_METADATA_AGE_S"
+          value = tostring(local.metadata_age_s)
         }
         env {
           name  = "G4KIT_ATTEMPT_TIMEOUT_S"
@@ -143,6 +148,10 @@ resource "google_cloud_run_v2_job" "tools" {
         env {
           name  = "G4KIT_ROOT"
           value = local.mount_path
+        }
+        env {
+          name  = "G4KIT_METADATA_AGE_S"
+          value = tostring(local.metadata_age_s)
         }
         env {
           name  = "G4KIT_ATTEMPT_TIMEOUT_S"

@@ -35,7 +35,7 @@ run "default" {
   }
   assert {
     condition = tomap({ for env in google_cloud_run_v2_job.gpu["train"].template[0].template[0].containers[0].env : env.name => env.value }) == tomap({
-      G4KIT_ROOT = "/mnt/gcs", G4KIT_ATTEMPT_TIMEOUT_S = "3600"
+      G4KIT_ROOT = "/mnt/gcs", G4KIT_METADATA_AGE_S = "5", G4KIT_ATTEMPT_TIMEOUT_S = "3600"
     })
     error_message = "The trainer is told its root and its attempt's deadline."
   }
