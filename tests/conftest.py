@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import signal
 
+# A shell that starts this in the background ignores SIGINT, and so would every process that is started from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -17,7 +17,8 @@ from g4trainer.recipe import Recipe, lora_config
 
 TRAINING_ARGS, LORA_CONFIG, JOB = "training_args.json", "lora_config.json", "cloud_run_job.yaml"
 MOUNT_PATH = "/mnt/gcs"
-MOUNT_OPTIONS = "uid=10001,gid=10001,file-mode=640,dir-mode=750,implicit-dirs,metadata-cache-ttl-secs=5"
+METADATA_AGE_S = 5
+MOUNT_OPTIONS = f"uid=10001,gid=10001,file-mode=640,dir-mode=750,implicit-dirs,metadata-cache-ttl-secs={METADATA_AGE_S}"
 """As in terraform/job.tf: the image's user, and metadata no older than an attempt waits for."""
 
 
@@ -83,6 +84,7 @@ def cloud_run_job(recipe: Recipe, place: Place) -> str:
         "redundancy_disabled": str(not place.zonal_redundancy).lower(),
         "retries": job.max_attempts - 1,
         "timeout_s": job.timeout_s,
+        "metadata_age_s": METADATA_AGE_S,
         "service_account": place.service_account,
         "accelerator": job.accelerator,
         "image": place.image,
@@ -150,6 +152,8 @@ spec:
               env:
                 - name: G4KIT_ROOT
                   value: {mount_path}
+                - name: G4KIT_METADATA_AGE_S
+                  value: "{metadata_age_s}"
                 - name: G4KIT_ATTEMPT_TIMEOUT_S
                   value: "{timeout_s}"
               resources:

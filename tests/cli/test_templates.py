@@ -82,6 +82,7 @@ def test_the_job_parses_into_the_types_of_the_api(name: str) -> None:
     assert list(container.args) == ["run", "--recipe", f"/mnt/gcs/recipes/{name}.toml"]
     assert {one.name: one.value for one in container.env} == {
         "G4KIT_ROOT": "/mnt/gcs",
+        "G4KIT_METADATA_AGE_S": "5",
         "G4KIT_ATTEMPT_TIMEOUT_S": str(recipe.job.timeout_s),
     }
     (volume,) = task.volumes
@@ -93,7 +94,10 @@ def test_the_job_parses_into_the_types_of_the_api(name: str) -> None:
 def test_the_mount_is_that_of_terraform() -> None:
     text = (RECIPES.parent / "terraform" / "job.tf").read_text()
     options = [line.strip(' ",') for line in text.partition("mount_options = [")[2].partition("]")[0].splitlines()]
-    assert render.MOUNT_OPTIONS.split(",") == [option for option in options if option]
+    age = f"metadata_age_s = {render.METADATA_AGE_S}\n"
+    assert age in text
+    written = ",".join(option for option in options if option)
+    assert written.replace("${local.metadata_age_s}", str(render.METADATA_AGE_S)) == render.MOUNT_OPTIONS
     assert f'mount_path  = "{render.MOUNT_PATH}"' in text
 
 
