@@ -14,10 +14,12 @@ where memory is off by more than 5 %, time by more than 15 %, or a card holds wh
 
 import argparse
 import gc
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from g4trainer import torchvision_operators
@@ -93,6 +95,7 @@ TOO_MUCH = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="settings whose name holds this text")
+    parser.add_argument("--raw", type=Path, help="a file that all that was measured is written to, a JSON line each")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each setting; the first is not timed")
     parser.add_argument("--caps", action="store_true", help="what fits smaller cards, memory capped at their size")
     parser.add_argument("--tiny", action="store_true", help="the structure of the sizes at a tiny width")
@@ -108,8 +111,13 @@ def main() -> int:
     print(f"{len(chosen)} settings, torch {torch.__version__}, {card_title(device)}\n")
     print("| setting | GiB predicted | measured | error | s/sample predicted | measured | error |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    right = [row(setting, result, device) for setting, result in measured(chosen, options, device)]
-    return 0 if all(right) else 1
+    right = True
+    for setting, result in measured(chosen, options, device):
+        right &= row(setting, result, device)
+        if options.raw:
+            with options.raw.open("a") as lines:
+                lines.write(json.dumps({**asdict(setting), **result}) + "\n")
+    return 0 if right else 1
 
 
 def measured(chosen: list[Setting], options: Any, device: torch.device) -> Iterator[tuple[Setting, dict[str, Any]]]:
@@ -120,6 +128,7 @@ def measured(chosen: list[Setting], options: Any, device: torch.device) -> Itera
         for setting in settings:
             yield setting, run(model, config, setting, options.steps, device)
         del model
+        torch.compiler.reset()
         free()
 
 

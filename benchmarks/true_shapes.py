@@ -15,6 +15,8 @@ import argparse
 import json
 import time
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 from g4trainer import torchvision_operators
@@ -166,21 +168,17 @@ def batch_of(size: int, config: Any, device: torch.device) -> dict[str, torch.Te
 
 
 def measure(model: PeftModel, batch: dict[str, torch.Tensor], steps: int, device: torch.device) -> dict[str, Any]:
-    """A few optimizer steps on one batch; the first warms up and is not timed."""
+    """A few optimizer steps on one batch, the first of which warms up and is not timed; then one taken apart."""
     model.train()
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(adapters.values(), lr=LEARNING_RATE, fused=device.type == "cuda")
-    width = batch["input_ids"].shape[1]
-    kept = torch.arange(width - SUPERVISED - 1, width - 1, device=device)
-    targets = batch["input_ids"][:, -SUPERVISED:]
+    loss_of = partial(supervised_loss, model, batch, device)
     losses, finite, seconds = [], True, []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         begun = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(**batch, logits_to_keep=kept, use_cache=False).logits.float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = loss_of()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(adapters.values()), 1.0)
         optimizer.step()
@@ -196,9 +194,44 @@ def measure(model: PeftModel, batch: dict[str, torch.Tensor], steps: int, device
         "vision_without_gradient": len(still),
         "vision_adapters": sum("vision_tower" in name and "lora_B" in name for name in adapters),
         "peak_gib": round(gibibytes(device, peak=True), 2),
-        "seconds_a_sample": round(min(timed) / len(targets), 4),
-        "tokens_a_sample": width,
+        "seconds_a_sample": round(min(timed) / len(batch["input_ids"]), 4),
+        "tokens_a_sample": batch["input_ids"].shape[1],
+        **(passes(loss_of, optimizer) if device.type == "cuda" else {}),
     }
+
+
+def supervised_loss(model: PeftModel, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Of a forward pass that computes logits where they are supervised."""
+    width = batch["input_ids"].shape[1]
+    kept = torch.arange(width - SUPERVISED - 1, width - 1, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = model(**batch, logits_to_keep=kept, use_cache=False).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -SUPERVISED:].flatten())
+
+
+def passes(loss_of: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Seconds and memory of the forward and the backward pass, each for itself, and of what is held beside them."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    figures = {"held_gib": torch.cuda.memory_allocated() / 2**30}
+    begun = time.perf_counter()
+    loss = loss_of()
+    torch.cuda.synchronize()
+    figures |= {
+        "forward_s": time.perf_counter() - begun,
+        "forward_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "after_forward_gib": torch.cuda.memory_allocated() / 2**30,
+    }
+    torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    loss.backward()
+    torch.cuda.synchronize()
+    figures |= {
+        "backward_s": time.perf_counter() - begun,
+        "backward_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    optimizer.zero_grad(set_to_none=True)
+    return {name: round(figure, 3) for name, figure in figures.items()}
 
 
 def gradient(parameter: torch.nn.Parameter) -> bool:
