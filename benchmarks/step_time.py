@@ -171,7 +171,7 @@ class Bench:
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         loss.backward()
         model.get_base_model().activation_checkpointing_disable()
-        return float(loss), gradients(model)
+        return loss.item(), gradients(model)
 
     def _our_step(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "kept_labels")}
@@ -180,7 +180,7 @@ class Bench:
             logits = model(**inputs, use_cache=False).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch["kept_labels"].flatten(), ignore_index=IGNORED)
         loss.backward()
-        return float(loss), gradients(model)
+        return float(loss.detach()), gradients(model)
 
     def _bf16(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -289,8 +289,9 @@ class Bench:
             yield
 
     def _drop(self, model: Any) -> None:
-        """Takes the adapters off the base again."""
+        """Takes the adapters off the base again, and what a trainer has turned on."""
         model.zero_grad(set_to_none=True)
+        self.base.activation_checkpointing_disable()
         self.base = model.unload()
         gc.collect()
         if self.device.type == "cuda":

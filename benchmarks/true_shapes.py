@@ -13,6 +13,7 @@ Exits with 1 where a loss or gradient is not finite, or a vision adapter got no 
 
 import argparse
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable
@@ -42,6 +43,8 @@ ROWS, COLUMNS = 14, 19  # of soft tokens: what an ordinary photo fills of that b
 TEXT_TOKENS = 238  # beside the image's, so that a sample at 280 has 504
 SUPERVISED = 10
 LEARNING_RATE = 5e-5
+ADDED = re.compile(r"post_(attention_layernorm|feedforward_layernorm|per_layer_input_norm)\.weight$")
+BRANCH = 0.2  # what a layer adds to the residual stream, beside an embedding of 1
 
 
 def main() -> int:
@@ -132,9 +135,14 @@ def build(config: Any, device: torch.device, quantization: Literal["nf4", "none"
 
 
 def initial(name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Ones for norms and scales, random numbers of unit gain for everything else."""
+    """Random numbers of unit gain for matrices; for norms and scales ones, but for two that keep rounding small.
+
+    Gemma 4 has its attention's scale in the norm of the queries, and what a layer adds to the residual stream passes a
+    norm of its own. With ones there, a random model of many layers makes of any rounding a different output.
+    """
     if len(shape) == 1:
-        return torch.ones(shape, device=device, dtype=dtype)
+        value = shape[0] ** -0.5 if name.endswith("q_norm.weight") else BRANCH if ADDED.search(name) else 1.0
+        return torch.full(shape, value, device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(shape[-1] ** -0.5)
 
