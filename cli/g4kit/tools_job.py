@@ -15,18 +15,24 @@ def run_tool(cloud: Cloud, folder: str, args: tuple[str, ...], *, timeout_s: int
     """Starts the trainer with `args`, or joins what is at it, and returns the execution once it has ended.
 
     folder: what it makes, for example `models/NAME`; asked: what tells one wish for this folder from another. Two
-    callers at once get the same execution.
+    callers at once get the same execution. Raises StageError where what is at the folder was asked for otherwise.
     """
     verb = args[0]
     tool_id = f"{verb}-{folder.replace('/', '-')}"
     earlier = cloud.jobs.find(tool_id)
     going_on = [execution for execution in earlier if execution.active]
+    wish = hashlib.sha256(asked.encode()).hexdigest()[:8]
     if going_on:
         execution = going_on[-1]
+        if execution.launch_id.partition("-")[0] != wish:
+            raise StageError(
+                f"{folder}: got {asked}, and execution {execution.name} is making the folder from something else; wait "
+                "until it has ended, then write this again, or write another --name."
+            )
     else:
         request = JobRequest(
             run_id=tool_id,
-            launch_id=f"{hashlib.sha256(asked.encode()).hexdigest()[:8]}-{len(earlier)}",
+            launch_id=f"{wish}-{len(earlier)}",
             args=args,
             timeout_s=timeout_s,
             max_attempts=1,

@@ -174,6 +174,24 @@ def test_a_job_that_is_at_it_is_joined(stage: Stage, google: FakeGoogleCloud, re
     assert_staged(google.mount / FOLDER, repo)
 
 
+def test_a_job_that_stages_another_revision_is_not_joined(
+    stage: Stage, google: FakeGoogleCloud, fake: FakeHub, repo: Repo, tmp_path: Path
+) -> None:
+    other = fake.add("models", ID, made_up_model.write(tmp_path / "other", shards=1))
+    other.refs = {"v2"}
+    google.run.pending_s = 2.0
+    results: list[Result] = []
+    first = threading.Thread(target=lambda: results.append(stage(ID)))
+    first.start()
+    [name] = wait_until(lambda: google.run.names, bool)
+    refused = stage(ID, "--revision", "v2")
+    first.join()
+    assert refused.exit_code == 2
+    assert f"got {ID} {other.commit}, and execution {name} is making the folder from something else" in refused.stderr
+    assert results[0].exit_code == 0
+    assert_staged(google.mount / FOLDER, repo)
+
+
 def test_a_job_that_fails_is_told_and_the_next_one_goes_on(
     stage: Stage, google: FakeGoogleCloud, fake: FakeHub, repo: Repo
 ) -> None:

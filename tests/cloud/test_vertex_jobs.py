@@ -86,7 +86,10 @@ def test_several_hosts_meet_at_the_chief(google: FakeGoogleCloud, cloud: VertexC
     } == {("3", "c10d", started.name)}
     assert len({host.pop("PET_RDZV_ENDPOINT") for host in said.values()}) == 1
     assert said == {
-        host: {"PET_LOCAL_ADDR": f"127.0.0.{host + 1}", "PET_RDZV_CONF": f"is_host={int(host == 0)},join_timeout=1800"}
+        host: {
+            "PET_LOCAL_ADDR": f"127.0.0.{host + 1}",
+            "PET_RDZV_CONF": f"is_host={int(host == 0)},join_timeout=1800,read_timeout=1800",
+        }
         for host in said
     }
 

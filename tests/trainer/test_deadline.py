@@ -59,5 +59,9 @@ def test_the_end_waits_no_longer_than_there_is_time() -> None:
 def test_the_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("G4KIT_ATTEMPT_TIMEOUT_S", "100")
     assert Deadline.from_environment(time.monotonic()).left_s() == pytest.approx(100, abs=0.5)
+    monkeypatch.setenv("G4KIT_ATTEMPT_STARTED", str(time.monotonic() - 60))
+    late = Deadline.from_environment(time.monotonic())
+    assert late.left_s() == pytest.approx(40, abs=0.5), "the processes of torchrun begin when all hosts are there"
+    monkeypatch.delenv("G4KIT_ATTEMPT_STARTED")
     monkeypatch.delenv("G4KIT_ATTEMPT_TIMEOUT_S")
     assert Deadline.from_environment(time.monotonic()).left_s() == float("inf")

@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousParameters,
+    c10d_rendezvous_backend,
+)
+from torch.distributed.run import config_from_args, parse_args
 
 from contract.task import TASK
 from g4trainer import vertex
@@ -75,9 +81,35 @@ def test_what_torchrun_is_told() -> None:
         "PET_RDZV_BACKEND": "c10d",
         "PET_RDZV_ENDPOINT": "cmle-training-workerpool0-ab-0:2222",
         "PET_RDZV_ID": "7001",
-        "PET_RDZV_CONF": "is_host=0,join_timeout=1800",
+        "PET_RDZV_CONF": "is_host=0,join_timeout=1800,read_timeout=1800",
         "PET_LOCAL_ADDR": "cmle-training-workerpool1-ab-0",
     }
+
+
+def test_torch_waits_for_a_chief_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun itself reads the variables; the wait is recorded in place of half an hour of it."""
+    asked: list[dict[str, Any]] = []
+
+    def store(*where: Any, **how: Any) -> Any:
+        asked.append(how)
+        raise TimeoutError("no chief")
+
+    monkeypatch.setattr(c10d_rendezvous_backend, "TCPStore", store)
+    for name, value in vertex.torchrun_variables(vertex.host_of(spec(POOLS, "workerpool1", 0)), "7001").items():
+        monkeypatch.setenv(name, value)
+    config, _, _ = config_from_args(parse_args(["--nproc-per-node", "1", "script.py"]))
+    rendezvous = RendezvousParameters("c10d", config.rdzv_endpoint, config.run_id, 3, 3, **config.rdzv_configs)
+    with pytest.raises(RendezvousConnectionError):
+        c10d_rendezvous_backend.create_backend(rendezvous)
+    assert [(how["timeout"].total_seconds(), how["is_master"]) for how in asked] == [(1800, False)]
+
+
+def test_a_worker_waits_on_the_chiefs_time(tmp_path: Path) -> None:
+    """What it waits for a chief that comes late is not taken from the attempt that they then make together."""
+    limit = ("env:G4KIT_ATTEMPT_TIMEOUT_S",)
+    for pool, told in (("workerpool0", "60"), ("workerpool1", "1860.0")):
+        said, _ = start(tmp_path, 1, *limit, **spec(POOLS, pool, 0)).communicate(timeout=20)
+        assert f"G4KIT_ATTEMPT_TIMEOUT_S={told}\n" in said
 
 
 def test_vertex_ai_is_not_told_of_crashes() -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from g4trainer.exits import ExitCode, Interrupted
 
 TIMEOUT_VARIABLE = "G4KIT_ATTEMPT_TIMEOUT_S"
+STARTED_VARIABLE = "G4KIT_ATTEMPT_STARTED"
+"""`time.monotonic()` on this host at the attempt's start; set for processes that another one of it starts."""
 ATTEMPTS_VARIABLE = "G4KIT_MAX_ATTEMPTS"
 """How many attempts of an execution a cap on the cost pays; the first is attempt 0. Unset, all of them work."""
 SAFETY_S = 30.0
@@ -37,7 +39,7 @@ class Deadline:
     def __init__(self, timeout_s: float | None, *, started: float | None = None) -> None:
         """
         timeout_s: wall-clock limit of the attempt; None sets none.
-        started: `time.monotonic()` at the start of the process.
+        started: `time.monotonic()` at the start of the attempt.
         """
         self._started = time.monotonic() if started is None else started
         self._timeout_s = math.inf if timeout_s is None else timeout_s
@@ -47,9 +49,13 @@ class Deadline:
 
     @classmethod
     def from_environment(cls, started: float) -> "Deadline":
-        """The limit that `$G4KIT_ATTEMPT_TIMEOUT_S` gives, in seconds; none where it is unset."""
+        """The limit that `$G4KIT_ATTEMPT_TIMEOUT_S` gives, in seconds; none where it is unset.
+
+        started: `time.monotonic()` at the start of this process, where `$G4KIT_ATTEMPT_STARTED` does not tell the
+        attempt's.
+        """
         stated = os.environ.get(TIMEOUT_VARIABLE)
-        return cls(float(stated) if stated else None, started=started)
+        return cls(float(stated) if stated else None, started=float(os.environ.get(STARTED_VARIABLE) or started))
 
     def listen(self) -> None:
         """From now on SIGTERM and a first SIGINT stop at the next step; a second SIGINT ends the process at once.
@@ -81,7 +87,7 @@ class Deadline:
         self._reserved.clear()
 
     def elapsed_s(self) -> float:
-        """Seconds since the start of the process."""
+        """Seconds since the start of the attempt."""
         return time.monotonic() - self._started
 
     def left_s(self) -> float:

@@ -107,9 +107,17 @@ class Lifeline:
         threading.Thread(target=self._end_now, args=(error,), name="end", daemon=True).start()
 
     def _end_now(self, error: RankFailed) -> None:
-        if self._ending.acquire(blocking=False):
-            code = self._end_for(error) if self._end_for else error.code
+        """Ends the process, also where the end cannot be written down: the main thread may wait for ever."""
+        if not self._ending.acquire(blocking=False):
+            return
+        code = error.code
+        try:
+            if self._end_for:
+                code = self._end_for(error)
             self.dismiss(code)
+        except Exception:  # the process must not outlive it
+            log.exception("%s; and the end cannot be written down", error)
+        finally:
             leave_at_once(code)
 
     # The others
@@ -159,8 +167,10 @@ before_leaving: list[Callable[[ExitCode], None]] = []
 
 def leave_at_once(code: ExitCode) -> None:
     """Ends the process without waiting for its threads: the main one may be stuck in a collective operation."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for tell in before_leaving:
-        tell(code)
-    os._exit(code)
+    try:
+        for tell in before_leaving:
+            tell(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # the streams may be closed pipes
+        os._exit(code)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from g4trainer.deadline import TIMEOUT_VARIABLE
+from g4trainer.deadline import STARTED_VARIABLE
 from g4trainer.exits import ExitCode
 from g4trainer.planner import processes_that_divide
 from g4trainer.recipe import FrozenRecipe
@@ -109,11 +109,9 @@ class Launcher:
         ]
 
     def _environment(self, path: Path) -> dict[str, str]:
-        environment = {**os.environ, LAUNCHER_VARIABLE: str(path)}
+        """Their time counts from this process's start: how long hosts wait for one another is part of the attempt."""
+        environment = {**os.environ, LAUNCHER_VARIABLE: str(path), STARTED_VARIABLE: str(self._started)}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._processes)))
-        limit = environment.get(TIMEOUT_VARIABLE)
-        if limit:
-            environment[TIMEOUT_VARIABLE] = str(max(1.0, float(limit) - (time.monotonic() - self._started)))
         return environment
 
     def _wait(self, torchrun: "subprocess.Popen[bytes]") -> int:

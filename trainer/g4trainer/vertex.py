@@ -38,7 +38,8 @@ GRACE_S = 10.0
 """Between SIGTERM and SIGKILL, as on Cloud Run."""
 CHIEF, WORKERS = "workerpool0", "workerpool1"
 JOIN_S = 1800
-"""How long a host waits for the others: machines start one by one, each with an image of several GB to load."""
+"""How long a host waits for the others, the chief's included: machines start one by one, each with an image of several
+GB to load. A worker's attempt may take as much longer than the chief's: when time is up, the chief says so."""
 PAUSE_S = 2.0
 """Before a worker host tries again, for the chief may still be ending its own attempt."""
 POLL_S = 0.1
@@ -106,7 +107,8 @@ def torchrun_variables(host: Host, run_id: str) -> dict[str, str]:
         "PET_RDZV_BACKEND": "c10d",
         "PET_RDZV_ENDPOINT": host.chief,
         "PET_RDZV_ID": run_id,
-        "PET_RDZV_CONF": f"is_host={int(host.leads)},join_timeout={JOIN_S}",
+        # read_timeout is also how long the chief's store is looked for: torch's own 60 s are over before it is there.
+        "PET_RDZV_CONF": f"is_host={int(host.leads)},join_timeout={JOIN_S},read_timeout={JOIN_S}",
         "PET_LOCAL_ADDR": host.name,
     }
 
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         most=options.attempts,
         host=host,
         path=Path(os.environ[ATTEMPTS_FILE]) if host.leads and ATTEMPTS_FILE in os.environ else None,
-        timeout_s=float(os.environ[TIMEOUT]),
+        timeout_s=float(os.environ[TIMEOUT]) + (0 if host.leads else JOIN_S),
         grace_s=float(os.environ.get(GRACE) or GRACE_S),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -220,6 +222,7 @@ class Attempts:
         inherited = {name: value for name, value in os.environ.items() if self.host.leads or name != ATTEMPTS_VARIABLE}
         return {
             **inherited,
+            **({} if self.host.leads else {TIMEOUT: str(self.timeout_s)}),
             "CLOUD_RUN_JOB": "vertex",
             "CLOUD_RUN_EXECUTION": execution,
             "CLOUD_RUN_TASK_INDEX": "0",
