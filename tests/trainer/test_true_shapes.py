@@ -49,6 +49,7 @@ MATRIX: dict[gemma.Size, dict[str, tuple[int, int, int]]] = {
         "language attention": (30 * 4 - 5, 30 * 4 - 5, 0),  # 5 layers of full attention have no v_proj
         "language MLP": (30 * 3, 30 * 3, 0),
         "language router": (30, 0, 0),
+        "language experts": (30 * 2, 30 * 2, 0),
         "vision projection": (1, 1, 0),
     },
     "31B": {
@@ -83,6 +84,9 @@ def test_parameters_are_the_published_ones_and_those_that_the_facts_say(size: ge
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head" and "audio" not in name
     }
+    assert {one.name: (one.experts, one.outputs, one.inputs) for one in facts.expert_weights} == {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters() if ".experts." in name
+    }
 
 
 def test_31b_has_the_bytes_of_its_published_weights() -> None:
@@ -95,7 +99,7 @@ def test_lora_target_matrix(size: gemma.Size) -> None:
     assert report.passed
     matrix = {group.name: (group.found, group.quantized, group.clipped) for group in report.matrix}
     assert matrix == MATRIX[size]
-    assert all(group.adapted == group.found for group in report.matrix)
+    assert all(group.adapted == (0 if "experts" in group.name else group.found) for group in report.matrix)
     assert all(group.with_gradient is None for group in report.matrix)
     _, _, linears, trained = PUBLISHED[size]
     said = {check.name: check.detail for check in report.checks}

@@ -42,6 +42,20 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class ExpertWeight:
+    """One 3-D parameter of a layer's experts: (experts, outputs, inputs)."""
+
+    name: str
+    experts: int
+    inputs: int
+    outputs: int
+
+    @property
+    def parameters(self) -> int:
+        return self.experts * self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What a configuration says about a model. Counts leave the audio tower out unless they say otherwise."""
 
@@ -51,8 +65,8 @@ class ModelFacts:
     """Token and per-layer embeddings; the output head is tied to the first."""
     per_layer_embedding_parameters: int
     """Of these, the per-layer ones of E2B and E4B, which may stay on the host."""
-    expert_weights: tuple[int, ...]
-    """Elements of each 3-D tensor of experts, two in a layer: no linear modules, so "all-linear" adapts none."""
+    expert_weights: tuple[ExpertWeight, ...]
+    """Two in a layer: no linear modules, so "all-linear" adapts none."""
     other_parameters: int
     """Norms, scales and the table of patch positions."""
     audio_parameters: int
@@ -64,7 +78,7 @@ class ModelFacts:
 
     @property
     def expert_parameters(self) -> int:
-        return sum(self.expert_weights)
+        return sum(weight.parameters for weight in self.expert_weights)
 
     @property
     def parameters(self) -> int:
@@ -139,7 +153,7 @@ def facts_of(config: Mapping[str, Any], *, source: str = "config.json") -> Model
         linears=(*_vision_linears(vision), *_text_linears(text), *_projections(text, vision)),
         embedding_parameters=text["vocab_size"] * text["hidden_size"] + per_layer_embeddings,
         per_layer_embedding_parameters=per_layer_embeddings,
-        expert_weights=_expert_weights(text),
+        expert_weights=tuple(_expert_weights(text)),
         other_parameters=_text_scales(text) + _vision_scales(vision),
         audio_parameters=_audio_parameters({**_AUDIO, **audio}, text) if audio else 0,
         text_layers=text["num_hidden_layers"],
@@ -231,11 +245,12 @@ def _attention_shape(text: Mapping[str, Any], index: int, kind: str) -> tuple[in
     return int(heads["head_dim"]), int(heads["num_key_value_heads"])
 
 
-def _expert_weights(text: Mapping[str, Any]) -> tuple[int, ...]:
-    if not text["enable_moe_block"]:
-        return ()
-    one = int(text["num_experts"] * text["hidden_size"] * text["moe_intermediate_size"])
-    return (2 * one, one) * int(text["num_hidden_layers"])  # gate and up in one tensor; down
+def _expert_weights(text: Mapping[str, Any]) -> Iterator[ExpertWeight]:
+    experts, width, inner = text["num_experts"], text["hidden_size"], text["moe_intermediate_size"]
+    for index in range(text["num_hidden_layers"] if text["enable_moe_block"] else 0):
+        prefix = f"model.language_model.layers.{index}.experts"
+        yield ExpertWeight(f"{prefix}.gate_up_proj", experts, width, 2 * inner)
+        yield ExpertWeight(f"{prefix}.down_proj", experts, inner, width)
 
 
 def _text_scales(text: Mapping[str, Any]) -> int:

@@ -144,9 +144,8 @@ def deltas(config: Mapping[str, Any], recipe: recipes.Recipe, tensors: dict[str,
     load_adapter_weights(adapted, tensors)
     found: dict[str, Delta] = {}
     for name, module in adapted_modules(adapted).items():
-        owner = name.replace(".base_layer", "")  # of several adapted parameters of one module
-        parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-        found[f"{owner}.{parameter}"] = functools.partial(_delta, module)
+        weight = name if isinstance(module, ParamWrapper) else f"{name}.weight"
+        found[weight] = functools.partial(_delta, module)
     return found
 
 

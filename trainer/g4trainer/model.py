@@ -15,21 +15,28 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Gemma4Config
 from transformers.distributed import DistributedConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
+from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear, Gemma4TextExperts
 
-from g4trainer import experts
+from g4trainer import experts, lora_targets
 from g4trainer import recipe as recipes
 from g4trainer.exits import ModelError
 from g4trainer.host_embedding import embeddings_on_host, keep_on_host
-from g4trainer.quantization import METHOD, UNQUANTIZED, compute_in, prepare_experts, quantization_config
+from g4trainer.quantization import (
+    EXPERT_WEIGHTS,
+    METHOD,
+    UNQUANTIZED,
+    compute_in,
+    prepare_experts,
+    quantization_config,
+)
+from g4trainer.recipe import ALL_LINEAR
 from g4trainer.rundir import read_json
 
-ALL_LINEAR = "all-linear"
 TEXT_ONLY = r".*\.language_model\..*(_proj|_projection|_gate|router\.proj)"
 """`lora.target_modules` for every linear layer of the language model and none of the vision tower."""
 ADAPTER = "default"
@@ -139,16 +146,43 @@ def attach_lora(model: Any, settings: recipes.Lora, *, base_model: str) -> PeftM
     base_model: the name that adapter_config.json gives, never a path of this machine.
     Raises ModelError where the targets cannot be adapted, or are not all.
     """
-    expected = targets(model, settings.target_modules)
+    expected = wanted(model, settings)
+    config = LoraConfig(**recipes.lora_config(settings, base_model=base_model))
+    config._register_custom_module({Gemma4TextExperts: experts.ExpertsLora})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*`base_model_name_or_path` was renamed.*")
         warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # PEFT asks it
-        adapted = get_peft_model(model, LoraConfig(**recipes.lora_config(settings, base_model=base_model)))
+        adapted = get_peft_model(model, config)
     adapted.peft_config[ADAPTER].base_model_name_or_path = base_model
     problems = adapter_problems(adapted, expected)
     if problems:
         raise ModelError("LoRA is not where it should be: " + "; ".join(problems))
     return adapted
+
+
+def wanted(model: torch.nn.Module, settings: recipes.Lora) -> set[str]:
+    """Names of what a recipe's LoRA adapts: linear modules, and weights of experts.
+
+    Raises ModelError, with what to write, where one of them cannot be adapted or a name matches nothing.
+    """
+    modules, weights = targets(model, settings.target_modules), expert_weights(model)
+    problems = lora_targets.problems(settings, modules=expected_targets(model), expert_weights=weights)
+    if problems:
+        raise ModelError(" ".join(problems), remedy="correct the recipe, and launch again.")
+    chosen = modules - lora_targets.matching(settings.exclude_modules, modules)
+    chosen |= lora_targets.matching(settings.target_parameters, weights)
+    if not chosen:
+        raise ModelError(
+            f"lora.exclude_modules: got {settings.exclude_modules!r}, which leaves nothing to adapt.",
+            remedy="leave the line out, and launch again.",
+        )
+    return chosen
+
+
+def expert_weights(model: torch.nn.Module) -> set[str]:
+    """Names of all 3-D weights of experts."""
+    owners = [name for name, module in model.named_modules() if isinstance(module, Gemma4TextExperts)]
+    return {f"{owner}.{weight}" for owner in owners for weight in EXPERT_WEIGHTS}
 
 
 def targets(model: torch.nn.Module, target_modules: str | Sequence[str]) -> set[str]:
@@ -191,8 +225,15 @@ def expected_targets(model: torch.nn.Module) -> set[str]:
 
 
 def adapted_modules(model: PeftModel) -> dict[str, LoraLayer]:
-    """Adapted modules by the name they have in the base model."""
-    return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    """Adapters by the name that what they adapt has in the base model: a linear module, or a weight of experts."""
+    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    return {_adapted_name(name, layer): layer for name, layer in layers.items()}
+
+
+def _adapted_name(name: str, layer: LoraLayer) -> str:
+    if not isinstance(layer, ParamWrapper):
+        return name
+    return f"{name.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of one module's weights are nested
 
 
 def adapter_problems(model: PeftModel, expected: set[str]) -> list[str]:
@@ -203,8 +244,8 @@ def adapter_problems(model: PeftModel, expected: set[str]) -> list[str]:
     adapted = adapted_modules(model)
     problems = [f"{name} is not adapted" for name in sorted(expected - adapted.keys())]
     problems += [f"{name} is adapted and should not be" for name in sorted(adapted.keys() - expected)]
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), Gemma4ClippableLinear):
+    for name, module in adapted.items():
+        if isinstance(module.get_base_layer(), Gemma4ClippableLinear):
             problems.append(f"{name} is wrapped as a whole, so its clamps no longer bound what LoRA adds")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:

@@ -15,9 +15,10 @@ import bitsandbytes
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 
-from g4trainer import gemma
+from g4trainer import gemma, lora_targets
 from g4trainer.collator import IGNORED, Collator, generation_prompt, token_id
 from g4trainer.dataset import DataError, Example, Splits, load_splits
 from g4trainer.evaluate import longest_answer
@@ -43,6 +44,7 @@ KINDS = {
     "self_attn": "attention",
     "mlp": "MLP",
     "router": "router",
+    "experts": "experts",
     "patch_embedder": "patch embedder",
     "embed_vision": "projection",
 }
@@ -62,7 +64,7 @@ class Check:
 
 @dataclass
 class Group:
-    """A row of the LoRA target matrix: linear modules of one kind."""
+    """A row of the LoRA target matrix: linear modules of one kind, or weights of experts."""
 
     name: str
     found: int = 0
@@ -171,7 +173,7 @@ def preflight(subject: Subject, *, samples: int = 8) -> Report:
     step, why_not = _step_allowed(subject, facts, splits)
     with report.checking("LoRA targets", "choose other lora.target_modules."):
         model = _adapted(subject, on_device=step)
-        _matrix(model, facts, report, all_linear=subject.lora.target_modules == "all-linear")
+        _matrix(model, facts, report, subject.lora)
         if not step:
             report.add("one step", "skipped", why_not)
         elif collator and splits:
@@ -296,29 +298,42 @@ def _adapted(subject: Subject, *, on_device: bool) -> PeftModel:
         return attach_lora(load_structure(subject.config, subject.model), subject.lora, base_model=subject.model.id)
 
 
-def _matrix(model: PeftModel, facts: gemma.ModelFacts, report: Report, *, all_linear: bool) -> None:
+def _matrix(model: PeftModel, facts: gemma.ModelFacts, report: Report, settings: Lora) -> None:
     """Fills the target matrix, and checks it against what the configuration promises."""
-    adapted = adapted_modules(model)
+    adapted, clipped = adapted_modules(model), _inside_clamps(model)
     groups: dict[str, Group] = {}
-    clipped = _inside_clamps(model)
-    for linear in facts.linears:
-        group = groups.setdefault(group_of(linear.name), Group(group_of(linear.name)))
-        module = model.get_base_model().get_submodule(linear.name)
-        base = module.get_base_layer() if linear.name in adapted else module
-        group.found += isinstance(base, torch.nn.Linear)
-        group.quantized += isinstance(base, bitsandbytes.nn.Linear4bit)
-        group.adapted += linear.name in adapted
-        group.clipped += linear.name in clipped
+    for name in (*(one.name for one in facts.linears), *(one.name for one in facts.expert_weights)):
+        group = groups.setdefault(group_of(name), Group(group_of(name)))
+        weight = _weight(model, name, adapted)
+        group.found += weight is not None
+        group.quantized += isinstance(weight, bitsandbytes.nn.Params4bit)
+        group.adapted += name in adapted
+        group.clipped += name in clipped
     report.matrix = list(groups.values())
-    promised = {linear.name for linear in facts.linears}
-    wrong = sorted(adapted.keys() - promised) + (sorted(promised - adapted.keys()) if all_linear else [])
+    promised: list[gemma.Linear | gemma.ExpertWeight] = [*lora_targets.adapted_linears(facts, settings)]
+    promised += lora_targets.adapted_experts(facts, settings)
+    wrong = sorted(adapted.keys() ^ {one.name for one in promised})
     unclamped = sorted(linear.name for linear in facts.linears if linear.clipped and linear.name not in clipped)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if wrong or unclamped:
         detail = f"{(wrong + unclamped)[0]} is not as config.json says"
         report.add("LoRA targets", "failed", detail, "report this: it is a bug.")
     else:
-        report.add("LoRA targets", "passed", f"{len(adapted)} modules adapted, {trained:,} parameters to train")
+        what = "modules and weights of experts" if settings.target_parameters else "modules"
+        report.add("LoRA targets", "passed", f"{len(adapted)} {what} adapted, {trained:,} parameters to train")
+
+
+def _weight(model: PeftModel, name: str, adapted: dict[str, LoraLayer]) -> Any:
+    """The base model's weight of that name, a linear module's or the experts'; None where there is none."""
+    if isinstance(adapted.get(name), ParamWrapper):
+        return adapted[name].get_param()
+    owner, _, weight = name.rpartition(".")
+    holder = model.get_base_model().get_submodule(owner)
+    found = getattr(holder.get_base_layer() if isinstance(holder, LoraLayer) else holder, weight)
+    if isinstance(found, torch.nn.Parameter):
+        return found
+    linear = found.get_base_layer() if isinstance(found, LoraLayer) else found
+    return linear.weight if isinstance(linear, torch.nn.Linear) else None
 
 
 def group_of(name: str) -> str:

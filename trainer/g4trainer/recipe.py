@@ -23,6 +23,10 @@ Size = Literal["all"] | Annotated[int, Field(ge=1)]
 
 STAGED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 RECIPE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+ALL_LINEAR = "all-linear"
+"""`lora.target_modules` for every linear module but the output head."""
+EXPERT_WEIGHT = r"(?:[A-Za-z0-9_]+\.)*experts\.(?:gate_up_proj|down_proj)"
+"""An ending of the names of parameters, as PEFT takes it, of those that may be adapted."""
 SECTIONS_OF_THE_RESULT = ("model", "data", "lora", "training")
 NOT_IN_THE_HASH = {"training": {"per_device_train_batch_size", "activation_checkpointing"}}
 """How the work is cut for the card changes no result, so a run may resume on another one."""
@@ -99,9 +103,18 @@ class Lora(Section):
     lora_dropout: float = option(0.0, "a fraction from 0 to below 1, for example 0.0", ge=0, lt=1)
     """Share of the adapter's inputs dropped in training. Above 0 it costs memory and time."""
     target_modules: str | Annotated[list[str], Field(min_length=1)] = option(
-        "all-linear", '"all-linear", a regular expression, or a list of module names', min_length=1
+        ALL_LINEAR, '"all-linear", a regular expression, or a list of module names', min_length=1
     )
     """Modules that get an adapter, as PEFT takes it."""
+    exclude_modules: str | list[Annotated[str, Field(min_length=1)]] = option(
+        [], 'a list of module names, for example ["router.proj"], or a regular expression'
+    )
+    """Of these, modules that get none, as PEFT takes it: `["router.proj"]` leaves 26B-A4B's routers as they are."""
+    target_parameters: list[Annotated[str, Field(pattern=f"^{EXPERT_WEIGHT}$")]] = option(
+        [], '["experts.gate_up_proj", "experts.down_proj"], one of them, or [] for none'
+    )
+    """Weights of experts that get an adapter besides, as PEFT takes it. Each of 26B-A4B's 128 experts in 30 layers has
+    one of its own: 1.9 billion parameters at `r = 64`, 0.24 at 8."""
 
 
 class Training(Section):
@@ -243,6 +256,16 @@ def _contradictions(recipe: Recipe) -> Iterable[str]:
         )
     if recipe.data.task == "chat" and recipe.evaluation.constrained:
         yield 'evaluation.constrained: got true for data.task = "chat", which has no label names; write false.'
+    if recipe.lora.target_parameters and recipe.lora.lora_dropout:
+        yield (
+            f"lora.lora_dropout: got {recipe.lora.lora_dropout} with lora.target_parameters, whose adapters have no "
+            f"dropout in PEFT; write lora_dropout = 0.0, or leave out target_parameters."
+        )
+    if isinstance(recipe.lora.exclude_modules, str) and not _is_expression(recipe.lora.exclude_modules):
+        yield (
+            f"lora.exclude_modules: got {recipe.lora.exclude_modules!r}, which is no regular expression; write a list "
+            f'of module names, for example ["router.proj"].'
+        )
     if job.gpus % job.hosts:
         yield (
             f"job.hosts: got {job.hosts}, which does not divide job.gpus = {job.gpus}, the GPUs of all of them; "
@@ -258,6 +281,14 @@ def _contradictions(recipe: Recipe) -> Iterable[str]:
             f"job.gpus: got {job.gpus} for {job.accelerator}, of which Cloud Run gives one; write gpus = 1, "
             f'or a Vertex AI accelerator, for example accelerator = "nvidia-h100-80gb".'
         )
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -347,6 +378,7 @@ def load_frozen(path: Path) -> FrozenRecipe:
 
 def lora_config(settings: Lora, *, base_model: str) -> dict[str, Any]:
     """`lora_config.json`: loads back with `peft.LoraConfig(**json)`."""
+    chosen = {"exclude_modules": settings.exclude_modules, "target_parameters": settings.target_parameters}
     return {
         "base_model_name_or_path": base_model,
         "task_type": "CAUSAL_LM",
@@ -355,6 +387,7 @@ def lora_config(settings: Lora, *, base_model: str) -> dict[str, Any]:
         "lora_dropout": settings.lora_dropout,
         "target_modules": settings.target_modules,
         "bias": "none",
+        **{name: value for name, value in chosen.items() if value},
     }
 
 

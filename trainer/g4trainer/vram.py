@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from g4trainer import gemma
+from g4trainer import gemma, lora_targets
 from g4trainer.recipe import Recipe
 
 Checkpointing = Literal["none", "half", "full"]
@@ -113,12 +113,12 @@ class Model:
         linears = self.facts.linears
         nf4 = recipe.model.quantization == "nf4"
         self.quantized = [one for one in linears if nf4 and not one.name.endswith(UNQUANTIZED_LINEARS)]
-        self.adapted = [one for one in linears if _is_target(one.name, recipe.lora.target_modules)]
-        self.lora_parameters = sum(recipe.lora.r * (one.inputs + one.outputs) for one in self.adapted)
+        self.adapted = lora_targets.adapted_linears(self.facts, recipe.lora)
+        self.lora_parameters = lora_targets.lora_parameters(self.facts, recipe.lora)
         kept = self.facts.parameters - sum(one.parameters for one in self.quantized)
         if recipe.model.per_layer_embeddings == "host":
             kept -= self.facts.per_layer_embedding_parameters
-        experts = self.facts.expert_weights
+        experts = [one.parameters for one in self.facts.expert_weights]
         self.weights = {
             "weights in NF4": sum(_nf4_bytes(one.parameters) for one in self.quantized),
             "unquantized weights": (kept - self.facts.expert_parameters) * number_bytes,
@@ -302,10 +302,3 @@ def _nf4_bytes(weights: int) -> int:
     """Packed weights, 8-bit scales of blocks, fp32 scales of those, and the tables that go with them."""
     scales = -(-weights // NF4_BLOCK)
     return -(-weights // 2) + scales + -(-scales // STATISTICS_BLOCK) * FP32 + NF4_TABLES
-
-
-def _is_target(name: str, target_modules: str | list[str]) -> bool:
-    """Whether PEFT adapts a linear module of that name."""
-    if isinstance(target_modules, str):
-        return target_modules == "all-linear" or re.fullmatch(target_modules, name) is not None
-    return any(name == ending or name.endswith(f".{ending}") for ending in target_modules)
