@@ -352,7 +352,7 @@ def timed_batches(seconds: list[float]) -> Iterator[None]:
 
         return predict(*arguments, on_batch=noted, **options)
 
-    with mock.patch("g4trainer.train.predict", timed):
+    with mock.patch("g4trainer.evaluator.predict", timed):
         yield
 
 

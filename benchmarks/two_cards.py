@@ -240,7 +240,7 @@ def table(result: dict[str, Any]) -> str:
 def worker(options: argparse.Namespace) -> int:
     """One attempt of the trainer, with a model and samples made here instead of staged ones."""
 
-    class Cards(train.Attempt):
+    class Cards(train.Phases):
         def load(self) -> None:
             self._make(options)
 
@@ -256,18 +256,18 @@ def worker(options: argparse.Namespace) -> int:
             self.initial_adapter = {}
             self.splits = Splits(list(range(SAMPLES)), [], [], (), 0)  # type: ignore[arg-type]
             self.collator = samples
-            self._own_the_run()
-            self.plan = self._for_these_ranks(plan_for(self.run, self.ranks.size))
+            self.attempt.own_the_run()
+            self.plan.follow(plan_for(self.run, self.ranks.size))
             if self.device.type == "cuda" and not options.no_compile:
                 compile_layers(self.model)
 
-        def evaluate_final(self) -> None:
+        def final(self) -> None:
             pass
 
-        def finish(self) -> None:
+        def report(self) -> None:
             pass
 
-    train.Attempt = Cards  # type: ignore[misc]
+    train.Phases = Cards  # type: ignore[misc]
     die_at = os.environ.get("TWO_CARDS_KILL")
     if die_at and os.environ.get("RANK") == "1":
         kill_at(int(die_at))

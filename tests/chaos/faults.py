@@ -52,15 +52,15 @@ def infinite_loss_at(step: int) -> None:
 
 def bug_at(step: int) -> None:
     """An exception that nobody expects."""
-    trainer = part("trainer.RunTrainer")
-    finished = trainer.step_finished
+    callback = part("run_callback.RunCallback")
+    ended = callback.on_step_end
 
-    def broken(self: Any) -> None:
-        if self.state.global_step == step:
+    def broken(self: Any, args: Any, state: Any, *event: Any, **context: Any) -> None:
+        if state.global_step == step:
             raise ZeroDivisionError("a bug")
-        finished(self)
+        ended(self, args, state, *event, **context)
 
-    trainer.step_finished = broken
+    callback.on_step_end = broken
 
 
 def signal_at(step: int, *names: str) -> None:
@@ -134,9 +134,9 @@ def clock_jumps() -> None:
 
 def log_every(steps: int) -> None:
     """A line of metrics stands for several steps, as in runs of more than 400."""
-    train = part("train")
-    choose = train.choose_plan
-    train.choose_plan = lambda *arguments, **options: replace(choose(*arguments, **options), logging_steps=steps)
+    planning = part("run_plan")
+    choose = planning.choose_plan
+    planning.choose_plan = lambda *arguments, **options: replace(choose(*arguments, **options), logging_steps=steps)
 
 
 def data_workers(count: int) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from g4trainer import tiny
+from g4trainer.attempt import Attempt
 from g4trainer.collator import IGNORED
 from g4trainer.compiled import compile_layers
 from g4trainer.deadline import Deadline
@@ -134,13 +135,9 @@ def our_step(
         train=examples(),
         validation=[],
         plan=plan,
-        run=RunDir(tmp_path / "run"),
         recipe_hash=recipe.hash,
         load_best=False,
-        claim=nothing,
-        deadline=Deadline(None),
-        status=nothing,
-        metrics=nothing,
+        attempt=Attempt(RunDir(tmp_path / "run"), Deadline(None), nothing, nothing, nothing, nothing),
     )
     return step_of(trainer)
 

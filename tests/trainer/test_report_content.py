@@ -12,12 +12,13 @@ from PIL import Image
 
 from g4trainer import report, report_data, report_plots
 from g4trainer.__main__ import main
+from g4trainer.attempt import Attempt
 from g4trainer.dataset import DataError, Example, Splits
 from g4trainer.deadline import Deadline
 from g4trainer.evaluate import Prediction
-from g4trainer.metrics import Publisher, Status
+from g4trainer.metrics import MetricsLog, Publisher, Status
 from g4trainer.rundir import file_entry, manifest, read_json, write_json
-from g4trainer.train import Attempt
+from g4trainer.train import Phases
 from trainer.made_up_run import PRICES, TRAIN, MadeUp, make
 from trainer.making import encoded, picture
 
@@ -229,10 +230,12 @@ def _finish(made: MadeUp) -> dict[str, Any]:
     """The report's entry in results.json after an attempt's last phase."""
     claim: Any = SimpleNamespace(attempt=2, check=lambda: None)
     publisher = Publisher(0.0)
-    attempt = Attempt(made.run, Deadline(None), claim, publisher, Status(made.run.status, publisher, attempt=2))
-    attempt.splits = Splits(made.test[:4], made.test[:2], made.test, LABELS, 0)
-    attempt.training_summary = TRAIN
-    attempt.finish()
+    status = Status(made.run.status, publisher, attempt=2)
+    metrics = MetricsLog(made.run, publisher, attempt=2)
+    phases = Phases(Attempt(made.run, Deadline(None), claim, publisher, status, metrics))
+    phases.splits = Splits(made.test[:4], made.test[:2], made.test, LABELS, 0)
+    phases.training_summary = TRAIN
+    phases.report()
     entry: dict[str, Any] = read_json(made.run.results)["artifacts"]["report.html"]
     return entry
 

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
+
+MemoryPart = Literal["training", "evaluation"]
+"""What a plan can do with less GPU memory."""
 
 
 class ExitCode(IntEnum):
@@ -54,16 +58,15 @@ class ShortOfMemory(TrainerError):
 
     remedy = "nothing: the next attempt takes a plan that needs less memory."
 
-    def __init__(self, part: str, message: str) -> None:
+    def __init__(self, part: MemoryPart, message: str) -> None:
         super().__init__(message)
         self.part = part
-        """`training` or `evaluation`."""
 
 
 class RankFailed(TrainerError):
     """Another process of this attempt failed or died; its exit code is the attempt's."""
 
-    def __init__(self, rank: int, code: ExitCode, reason: str, remedy: str, *, part: str | None = None) -> None:
+    def __init__(self, rank: int, code: ExitCode, reason: str, remedy: str, *, part: MemoryPart | None = None) -> None:
         super().__init__(f"{reason} (rank {rank})", remedy)
         self.code = code
         self.part = part

@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 @dataclass
 class Ranks:
-    """This process among those of its attempt. Every method but the properties must be called by all of them alike."""
+    """This process among those of its attempt.
+
+    All must call its methods alike, but for `device` and the properties.
+    """
 
     size: int = 1
     rank: int = 0
@@ -42,12 +45,21 @@ class Ranks:
         """Whether this is the process that writes."""
         return self.rank == 0
 
-    def join(self, device: torch.device) -> None:
-        """Returns when all ranks have met. device: the one whose tensors they will exchange."""
+    def device(self) -> torch.device:
+        """The device that this process computes on; from here on torch's current one."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.size == 1:
+            return torch.device("cuda")
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def join(self) -> None:
+        """Returns when all ranks have met."""
         if self.size == 1:
             return
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if self.device().type == "cuda" else "gloo", timeout=PATIENCE)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def leave(self) -> None:

@@ -1,0 +1,157 @@
+"""The plan of a run on the machine it is on: chosen once and kept in plan.json; smaller where memory ran out.
+
+How to choose is g4trainer.planner's, in pure functions; here is what the machine has, and what is written.
+"""
+
+import logging
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from g4trainer.dataset import Splits
+from g4trainer.exits import MemoryPart, OutOfMemory
+from g4trainer.metrics import Publisher, Status
+from g4trainer.planner import (
+    CPU_EVALUATION_BATCH,
+    MAX_CPU_MICRO_BATCH,
+    Plan,
+    choose_plan,
+    model_for,
+    training_arguments,
+    what_fits,
+)
+from g4trainer.ranks import Ranks
+from g4trainer.recipe import Recipe, lora_config
+from g4trainer.rundir import RunDir, read_json, to_json, write_json
+from g4trainer.staged import base_model_folder
+
+log = logging.getLogger(__name__)
+
+
+class RunPlan:
+    """plan.json, with lora_config.json and training_args.json, which follow from it; the same on every rank."""
+
+    current: Plan
+    """Set by `choose` or `follow`."""
+
+    def __init__(
+        self, run: RunDir, recipe: Recipe, publisher: Publisher, status: Status, *, ranks: Ranks, device: torch.device
+    ) -> None:
+        """recipe: as it is for this number of processes."""
+        self._run, self._recipe, self._publisher, self._status = run, recipe, publisher, status
+        self._ranks, self._device = ranks, device
+
+    def choose(self, splits: Splits, *, text_tokens: int) -> None:
+        """Takes plan.json as an earlier attempt wrote it, else what fits this machine.
+
+        text_tokens: of a sample, all but the image's.
+        """
+        ranks, path = self._ranks, self._run.plan
+        earlier = ranks.share(read_json(path) if ranks.leads and path.exists() else None)
+        if earlier is not None:
+            self.follow(Plan.from_json(earlier))
+            return
+        self.current = choose_plan(
+            self._recipe,
+            train_samples=len(splits.train),
+            validation_samples=len(splits.validation),
+            **self._what_fits(text_tokens),
+        )
+        self._write()
+
+    def follow(self, plan: Plan) -> None:
+        """Takes a plan as it is for this number of processes: an earlier attempt may have had another."""
+        self.current = plan.for_processes(self._ranks.size)
+        if self.current != plan:
+            if self._ranks.leads:
+                log.info("plan for %d processes becomes one for %d", plan.processes, self.current.processes)
+            self._write()
+
+    def shards(self) -> int:
+        """Processes that share the base model; 1 where each holds its own."""
+        if self._ranks.size == 1:
+            return 1
+        if self._device.type == "cpu":
+            shards = self._ranks.size if self._recipe.job.sharding == "full" else 1
+        else:
+            shards = model_for(self._recipe, self._model_config, self._free_bytes()).shards
+        if shards > 1:
+            log.info("the base model is shared among %d processes", shards)
+        return shards
+
+    def training_arguments(self, *, output_dir: str = "output") -> dict[str, Any]:
+        """For `transformers.TrainingArguments(**arguments)` on this machine."""
+        device: Literal["cuda", "cpu"] = "cuda" if self._device.type == "cuda" else "cpu"
+        return training_arguments(self._recipe, self.current, device=device, output_dir=output_dir)
+
+    def shrink(self, part: MemoryPart, error: Exception) -> None:
+        """Goes on with a plan that needs less memory for that part. Raises OutOfMemory where there is none.
+
+        error: what told that memory was short.
+        """
+        (self._shrink_training if part == "training" else self._shrink_evaluation)(error)
+
+    def settle(self) -> None:
+        """Returns once every change is written."""
+        self._publisher.settle(self._run.plan, self._run.training_args)
+
+    def _shrink_training(self, error: Exception) -> None:
+        before, smaller = self.current, self.current.smaller()
+        if smaller is None:
+            raise OutOfMemory(
+                f"out of GPU memory at a micro-batch of 1 with every layer's activations computed again: {error}"
+            ) from error
+        self._change(
+            smaller,
+            f"out of GPU memory: micro-batch {before.per_device_train_batch_size} becomes "
+            f"{smaller.per_device_train_batch_size}, activation checkpointing {smaller.activation_checkpointing}; "
+            f"the effective batch stays {self._recipe.training.effective_batch_size}",
+        )
+
+    def _shrink_evaluation(self, error: Exception) -> None:
+        size = self.current.evaluation_batch_size
+        if size == 1:
+            raise OutOfMemory(f"out of GPU memory answering one image at a time: {error}") from error
+        self._change(
+            replace(self.current, evaluation_batch_size=size // 2),
+            f"out of GPU memory: evaluation batch {size} becomes {size // 2}",
+        )
+
+    def _change(self, plan: Plan, why: str) -> None:
+        """Says so, and publishes it. Where it is lost in a kill, the next attempt finds it again."""
+        log.warning("%s", why)
+        self._status.update(message=why)
+        self.current = plan
+        arguments = self.training_arguments()
+        self._publisher.publish(self._run.training_args, lambda: to_json(arguments))
+        self._publisher.publish(self._run.plan, lambda: to_json(plan.to_json()))
+
+    def _write(self) -> None:
+        """plan.json last: without it, there is no plan."""
+        if not self._ranks.leads:
+            return
+        write_json(self._run.training_args, self.training_arguments())
+        write_json(self._run.lora_config, lora_config(self._recipe.lora, base_model=self._recipe.model.id))
+        write_json(self._run.plan, self.current.to_json())
+
+    def _what_fits(self, text_tokens: int) -> dict[str, Any]:
+        """What `choose_plan` asks the machine: on a GPU, what is fastest within its memory."""
+        if self._device.type == "cpu":
+            return {
+                "micro_batch": MAX_CPU_MICRO_BATCH,
+                "activation_checkpointing": "none",
+                "evaluation_batch_size": CPU_EVALUATION_BATCH,
+            }
+        return what_fits(self._recipe, self._model_config, self._free_bytes(), text_tokens=text_tokens)
+
+    def _free_bytes(self) -> int:
+        """What a process may hold on its GPU, of all ranks the least."""
+        free, _ = torch.cuda.mem_get_info()
+        return int(self._ranks.least(free + torch.cuda.memory_reserved()))
+
+    @cached_property
+    def _model_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = read_json(base_model_folder(self._run.root, self._recipe.model) / "config.json")
+        return config
