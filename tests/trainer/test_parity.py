@@ -131,7 +131,7 @@ def our_step(
     trainer = RunTrainer(
         model=model,
         args=TrainingArguments(**arguments),
-        collator=collator(like),
+        collator=collator(like, pixels_as_bytes=True),
         train=examples(),
         validation=[],
         plan=plan,

@@ -20,6 +20,7 @@ import torch
 
 from g4trainer.dataset import DataError, Example
 from g4trainer.gemma import END_OF_TURN, TURN
+from g4trainer.pixels import as_numbers, patches_of
 
 IGNORED = -100
 """Label of a position that carries no loss."""
@@ -32,7 +33,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     """The id itself where supervised, IGNORED elsewhere; not shifted."""
-    pixel_values: torch.Tensor  # (images, patches, 3 * patch_size**2) float32 from 0 to 1
+    pixel_values: torch.Tensor  # (images, patches, 3 * patch_size**2) uint8, or float32 from 0 to 1
     image_position_ids: torch.Tensor  # (images, patches, 2) int64, -1 where padded
 
 
@@ -47,6 +48,7 @@ class Collator:
         supervise: Literal["completion", "turn"] = "completion",
         max_length: int | None = None,
         pad_to_multiple_of: int = 1,
+        pixels_as_bytes: bool = False,
     ) -> None:
         """
         processor: a Gemma4Processor.
@@ -54,6 +56,7 @@ class Collator:
         supervise: what carries loss: the completion, or all of the model's turn from `<|turn>` on.
         max_length: a longer sample is refused, never cut; None sets no bound.
         pad_to_multiple_of: training batches get such a length, so that compiled layers see few different ones.
+        pixels_as_bytes: `pixel_values` are uint8 where the processor allows it, for `pixels.as_numbers` on the device.
         """
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -61,6 +64,7 @@ class Collator:
         self.supervise = supervise
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.pixels_as_bytes = pixels_as_bytes
         self.turn_id = token_id(self.tokenizer, TURN)
         self.end_of_turn_id = token_id(self.tokenizer, END_OF_TURN)
         self.bos_id = self.tokenizer.bos_token_id
@@ -72,13 +76,15 @@ class Collator:
             sorted({*self.tokenizer.all_special_tokens, TURN, END_OF_TURN, processor.image_token})
         )
         self._prompts: dict[tuple[str, int], list[int]] = {}
+        self._answers: dict[str, list[int]] = {}
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """A training batch. `logits_to_keep` and `kept_labels` name the positions that predict a supervised token.
 
         input_ids, attention_mask, mm_token_type_ids, labels: (batch, sequence) int64, padded on the right
         logits_to_keep: (batch, supervised) int64 positions; kept_labels: the ids they predict, IGNORED where padded
-        pixel_values: (images, patches, 3 * patch_size**2) float32; image_position_ids: (images, patches, 2) int64
+        pixel_values: (images, patches, 3 * patch_size**2) float32, or uint8 with `pixels_as_bytes`
+        image_position_ids: (images, patches, 2) int64
         """
         encoded = [self.encode(example) for example in examples]
         batch = self._pad([sample.input_ids for sample in encoded], side="right")
@@ -105,17 +111,19 @@ class Collator:
         Raises DataError where they do not read back as the answer, for then the model could not say it.
         """
         text = answer.strip()
-        self._refuse_special(text, "answer", example_id)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise DataError(f"{example_id}: the answer {answer!r} has no tokens; write some text.")
-        read = self.text_of(ids)
-        if read != text:
-            raise DataError(
-                f"{example_id}: the answer {text!r} reads back from the tokenizer as {read!r}; write it with "
-                f"characters that the tokenizer keeps."
-            )
-        return ids
+        if text not in self._answers:  # samples share few labels
+            self._refuse_special(text, "answer", example_id)
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise DataError(f"{example_id}: the answer {answer!r} has no tokens; write some text.")
+            read = self.text_of(ids)
+            if read != text:
+                raise DataError(
+                    f"{example_id}: the answer {text!r} reads back from the tokenizer as {read!r}; write it with "
+                    f"characters that the tokenizer keeps."
+                )
+            self._answers[text] = ids
+        return self._answers[text]
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -125,12 +133,8 @@ class Collator:
     def _encode(self, example: Example, *, completion: list[int], answer: Sequence[int] = ()) -> Encoded:
         if not example.images:
             raise DataError(f"{example.id}: there is no image; add one, or leave the sample out.")
-        images = self.processor.image_processor(
-            example.open_images(), max_soft_tokens=self.max_soft_tokens, return_tensors="pt"
-        )
-        prompt = self._expand(
-            self._prompt_ids(example), [int(count) for count in images["num_soft_tokens_per_image"]], example.id
-        )
+        images = patches_of(self.processor.image_processor, example.open_images(), self.max_soft_tokens)
+        prompt = self._expand(self._prompt_ids(example), images.soft_tokens, example.id)
         ids = [*prompt, *completion]
         if ids.count(self.bos_id) != 1 or ids[0] != self.bos_id:
             raise DataError(
@@ -146,7 +150,7 @@ class Collator:
         if completion:
             start = self._supervised_start(ids, answer, len(prompt), example.id)
             labels[start:] = ids[start:]
-        return Encoded(ids, labels, images["pixel_values"], images["image_position_ids"])
+        return Encoded(ids, labels, images.values, images.positions)
 
     def _supervised_start(self, ids: list[int], answer: Sequence[int], prompt_length: int, example_id: str) -> int:
         """First supervised position. The search and the construction must agree on where the answer is."""
@@ -211,10 +215,10 @@ class Collator:
             "mm_token_type_ids": (input_ids == self.image_id).to(torch.int64),
         }
 
-    @staticmethod
-    def _images(encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    def _images(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        values = torch.cat([sample.pixel_values for sample in encoded])
         return {
-            "pixel_values": torch.cat([sample.pixel_values for sample in encoded]),
+            "pixel_values": values if self.pixels_as_bytes else as_numbers(values),
             "image_position_ids": torch.cat([sample.image_position_ids for sample in encoded]),
         }
 

@@ -107,7 +107,8 @@ def open_image(data: bytes, example_id: str) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-        return _as_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _as_rgb(image)
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise DataError(
             f"{example_id}: the image cannot be read ({error}); replace the file or leave the sample out."
@@ -124,7 +125,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         transparent = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), transparent)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _open_split(folder: Path, split: str, data: Data) -> tuple[datasets.IterableDataset, Path]:

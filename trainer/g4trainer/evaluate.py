@@ -20,6 +20,7 @@ from g4trainer.compiled import generating
 from g4trainer.dataset import DataError, Example
 from g4trainer.gemma import END_OF_TURN
 from g4trainer.model import is_sharded
+from g4trainer.pixels import as_numbers
 from g4trainer.ranks import ALONE, Ranks
 
 UNKNOWN = "(unknown)"
@@ -84,6 +85,7 @@ class Generator:
     def _answered(self, inputs: dict[str, torch.Tensor]) -> list[str]:
         device = next(self.model.parameters()).device
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        batch["pixel_values"] = as_numbers(batch["pixel_values"])
         width = batch["input_ids"].shape[1]
         tokenizer = self.collator.tokenizer
         constraint = {"prefix_allowed_tokens_fn": self._allowed(width)} if self.trie else {}

@@ -112,6 +112,7 @@ class Phases:
             max_soft_tokens=recipe.model.max_soft_tokens,
             supervise=recipe.data.supervise,
             pad_to_multiple_of=PADDING[self.device.type],
+            pixels_as_bytes=True,
         )
         base = load_base(folder, recipe.model, device=self.device, shards=self.plan.shards())
         sample = self.collator.encode(self.splits.train[0]).input_ids

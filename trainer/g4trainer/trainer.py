@@ -22,6 +22,7 @@ from g4trainer.collator import IGNORED, Collator
 from g4trainer.dataset import Example
 from g4trainer.exits import Interrupted, NonFiniteLoss
 from g4trainer.model import adapter_tensors, load_adapter_weights
+from g4trainer.pixels import as_numbers
 from g4trainer.planner import Plan
 from g4trainer.progress import Progress, peak_memory_bytes
 from g4trainer.rank_checkpoint import load_best_adapter
@@ -116,6 +117,7 @@ class RunTrainer(Trainer):
 
     def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         tensors = {name: value for name, value in inputs.items() if name not in ("labels", "kept_labels")}
+        tensors["pixel_values"] = as_numbers(tensors["pixel_values"])
         outputs = model(**tensors, use_cache=False)
         logits = outputs.logits.float()  # (batch, supervised, vocabulary)
         targets = inputs["kept_labels"]  # (batch, supervised) int64, IGNORED where padded
