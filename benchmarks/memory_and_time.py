@@ -178,7 +178,10 @@ def row(setting: Setting, result: dict[str, Any], device: torch.device) -> bool:
     model = vram.Model(setting.recipe(name), gemma.true_config(setting.size))
     shape = model.shape(true_shapes.TEXT_TOKENS)
     step = vram.Step(
-        setting.micro_batch, setting.checkpointing, vram.attention_for(model.recipe, shape.tokens), accumulates=False
+        setting.micro_batch,
+        setting.checkpointing,
+        vram.attention_for("auto", shape.tokens),
+        accumulates=False,
     )
     memory = vram.training(model, shape, step)
     gib = memory.total / vram.GIB

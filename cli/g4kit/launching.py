@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from g4kit import __version__
 from g4kit.budget import describe as describe_limits
 from g4kit.capping import cap_of, environment_of, limits_of_first, limits_of_next, under_limits
-from g4kit.cloud.base import Bucket, Cloud, Execution, JobRequest, ObjectNotFoundError, PreconditionError, now
+from g4kit.cloud.base import Bucket, Cloud, Execution, JobRequest, ObjectNotFoundError, PreconditionError
 from g4kit.errors import UserError
 from g4kit.estimating import Estimate
 from g4kit.launches import Launch, read_launches, write_intent, write_started
@@ -26,6 +25,7 @@ from g4kit.runs import (
 )
 from g4kit.staging import BUILTIN, staged_problems
 from g4trainer.hub import Kind
+from g4trainer.launch import freeze
 from g4trainer.recipe import FrozenRecipe, Recipe, RecipeError, SweepPlace, load_recipe
 from g4trainer.rundir import new_run_id
 from g4trainer.staging import FOLDERS
@@ -102,12 +102,9 @@ def launch(cloud: Cloud, plan: LaunchPlan) -> Execution:
 
 def write_run(bucket: Bucket, plan: LaunchPlan) -> None:
     """recipe.json of a new run. Raises LaunchError where the id belongs to a run with another recipe."""
-    frozen = FrozenRecipe(
-        run_id=plan.run_id,
-        recipe=plan.recipe,
-        recipe_hash=plan.recipe.hash,
-        created_at=now().isoformat(timespec="seconds"),
-        g4kit_version=__version__,
+    frozen = freeze(
+        plan.recipe,
+        plan.run_id,
         target=plan.target,
         prices=plan.prices,
         sweep=plan.sweep,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.bench import Bench
-from g4trainer.rundir import manifest_problems
+from g4trainer.rundir import manifest
 
 Launched = Callable[..., str]
 
@@ -18,7 +18,7 @@ def test_the_adapter_alone(g4kit: Bench, launched: Launched, tmp_path: Path) -> 
     assert told.exit_code == 0, told.stderr
     document = json.loads(told.stdout)
     assert sorted(document["files"]) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert manifest_problems(out, document["files"], leave_out=frozenset({"EXPORTED.json"})) == []
+    assert manifest(out, leave_out=frozenset({"EXPORTED.json"})) == document["files"]
     there = g4kit.root / "runs" / run_id / "adapter" / "adapter_model.safetensors"
     assert (out / "adapter_model.safetensors").read_bytes() == there.read_bytes()
     card = (out / "README.md").read_text()

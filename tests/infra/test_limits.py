@@ -75,7 +75,7 @@ def test_python_reads_the_numbers_of_the_json_file() -> None:
             assert (list(seen) if isinstance(seen, tuple) else seen) == value
     assert [one.name for one in limits.MACHINE_TYPES.values()] == list(source["vertex"]["machine_types"])
     assert (limits.MAX_CPU, limits.MAX_MEMORY_GIB, limits.MAX_RETRIES) == (44, 176, 10)
-    assert (limits.TASK_TIMEOUT_DEFAULT_S, limits.TASK_TIMEOUT_MAX_S, limits.TASK_TIMEOUT_WARN_S) == (600, 604800, 3600)
+    assert (limits.TASK_TIMEOUT_MAX_S, limits.TASK_TIMEOUT_WARN_S) == (604800, 3600)
 
 
 def test_every_gpu_of_vertex_ai_has_its_machines() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from g4trainer import attention
 from g4trainer.attention import VARLEN, choose_attention, sequence_starts, varlen_attention
-from g4trainer.vram import EAGER_BELOW_TOKENS
+from g4trainer.vram import EAGER_BELOW_TOKENS, AttentionSetting
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -30,7 +30,7 @@ class Recorder:
     ],
 )
 def test_the_kernel_follows_recipe_length_and_device(
-    setting: str, tokens: int, device: torch.device, text: str, vision: str
+    setting: AttentionSetting, tokens: int, device: torch.device, text: str, vision: str
 ) -> None:
     model = Recorder()
     chosen = choose_attention(model, setting, tokens=tokens, device=device)

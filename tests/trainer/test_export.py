@@ -26,7 +26,7 @@ from g4trainer.merging import BaseWeights, deltas, plan_shards, shard_blocks, we
 from g4trainer.model import adapter_tensors
 from g4trainer.model_card import advice
 from g4trainer.recipe import load_frozen
-from g4trainer.rundir import RunDir, manifest_problems, read_json, write_json
+from g4trainer.rundir import RunDir, manifest, read_json, write_json
 from g4trainer.verifying import MismatchError
 from trainer.conftest import Folders
 from trainer.making import adapted_model, base_model, collator, examples, fill_adapters, logits, relative_error
@@ -170,7 +170,7 @@ def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_exported_is_whole(exported: Path, finished: Path) -> None:
     document = read_json(exported / "EXPORTED.json")
-    assert manifest_problems(exported, document["files"], leave_out=frozenset({"EXPORTED.json"})) == []
+    assert manifest(exported, leave_out=frozenset({"EXPORTED.json"})) == document["files"]
     names = {path.name for path in exported.iterdir()}
     base = RunDir(finished).root / "models" / "tiny-gemma4"
     kept = {path.name for path in base.iterdir()} - {"model.safetensors", "STAGED.json"}

@@ -48,6 +48,19 @@ def test_a_cpu_has_no_card_to_keep_them_off(setting: str) -> None:
     assert not embeddings_on_host(recipes.Model.model_validate({"id": "a", "per_layer_embeddings": setting}), CPU)
 
 
+@pytest.mark.parametrize(
+    ("setting", "gib", "on_host"),
+    [("auto", 15.9, True), ("auto", 22.3, False), ("card", 15.9, False), ("host", 140.0, True)],
+)
+def test_a_small_card_keeps_them_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, setting: str, gib: float, on_host: bool
+) -> None:
+    """What torch counts of a card of 16 GB, and of one of 24 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(gib * 2**30)))
+    settings = recipes.Model.model_validate({"id": "a", "per_layer_embeddings": setting})
+    assert embeddings_on_host(settings, torch.device("cuda")) == on_host
+
+
 @pytest.mark.parametrize(("size", "gigabytes"), [("E2B", 4.70), ("E4B", 5.64), ("31B", 0)])
 def test_the_memory_model_leaves_them_out(size: gemma.Size, gigabytes: float) -> None:
     def weights(where: str) -> int:

@@ -79,7 +79,7 @@ def test_the_published_figures_of_the_31b() -> None:
     assert sum(nf4.weights.values()) / vram.GIB == pytest.approx(17.0, abs=0.05)
     assert 18e9 < sum(nf4.weights.values()) < 20e9
     assert nf4.lora_parameters == 534_467_584
-    assert nf4.loaded / vram.GIB == pytest.approx(calibration.LOADED_GIB, rel=0.01)
+    assert nf4.loaded / vram.GIB == pytest.approx(19.0, rel=0.01)  # measured on an H200
 
 
 def test_the_experts_take_a_quarter_at_nf4() -> None:
@@ -129,10 +129,10 @@ def test_the_parts_are_those_of_the_moment_of_the_peak() -> None:
 
 
 def test_short_sequences_take_eager_attention() -> None:
-    assert vram.attention_for(recipe(), 504) == "eager"
-    assert vram.attention_for(recipe(), 1300) == "sdpa"
-    assert vram.attention_for(recipe(model={"attn_implementation": "eager"}), 1300) == "eager"
-    assert vram.attention_for(recipe(model={"attn_implementation": "sdpa"}), 504) == "sdpa"
+    assert vram.attention_for("auto", 504) == "eager"
+    assert vram.attention_for("auto", 1300) == "sdpa"
+    assert vram.attention_for("eager", 1300) == "eager"
+    assert vram.attention_for("sdpa", 504) == "sdpa"
 
 
 def test_every_accelerator_has_its_rates() -> None:

@@ -16,22 +16,21 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from g4trainer.vram import EAGER_BELOW_TOKENS
+from g4trainer.vram import AttentionSetting, attention_for
 
 VARLEN = "g4kit_varlen"
 HAS_SCALE = "scale" in inspect.signature(varlen_attn).parameters
 
 
-def choose_attention(model: Any, setting: str, *, tokens: int, device: torch.device) -> dict[str, str]:
+def choose_attention(model: Any, setting: AttentionSetting, *, tokens: int, device: torch.device) -> dict[str, str]:
     """Sets the kernels of a Gemma 4 and returns their names by part: `text_config`, `vision_config`.
 
     setting: `model.attn_implementation` of the recipe. tokens: length of a sample.
     """
-    cuda = device.type == "cuda"
-    text = setting
-    if setting == "auto":
-        text = "eager" if cuda and tokens < EAGER_BELOW_TOKENS else "sdpa"
-    chosen = {"text_config": text, "vision_config": register() if cuda else "sdpa"}
+    if device.type == "cuda":
+        chosen = {"text_config": attention_for(setting, tokens), "vision_config": register()}
+    else:
+        chosen = {"text_config": "sdpa" if setting == "auto" else setting, "vision_config": "sdpa"}
     model.set_attn_implementation(chosen)
     return chosen
 

@@ -16,8 +16,6 @@ from g4trainer import gemma, timing, vram
 from g4trainer.recipe import parse_recipe
 
 SHAPE = vram.Shape(tokens=504, patches=2520, supervised=10)
-LOADED_GIB = 19.0
-"""Held once the model is there with its adapters, before the first step."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Makes a run directory from a recipe, for runs that are started without the command line."""
+"""Makes a run from a recipe: recipe.json, and the whole run directory where no command line does."""
 
 import datetime
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from g4trainer import __version__
 from g4trainer.recipe import FrozenRecipe, Recipe, load_recipe
@@ -31,8 +32,8 @@ def make_run(recipe_path: Path, root: Path, *, target: str = "trainer") -> Path:
     return run.path
 
 
-def freeze(recipe: Recipe, run_id: str, *, target: str) -> FrozenRecipe:
-    """The `recipe.json` of a new run."""
+def freeze(recipe: Recipe, run_id: str, *, target: str, **more: Any) -> FrozenRecipe:
+    """The `recipe.json` of a new run, for the command line too. more: fields of FrozenRecipe that a target knows."""
     return FrozenRecipe(
         run_id=run_id,
         recipe=recipe,
@@ -40,6 +41,7 @@ def freeze(recipe: Recipe, run_id: str, *, target: str) -> FrozenRecipe:
         created_at=_now(),
         g4kit_version=__version__,
         target=target,
+        **more,
     )
 
 

@@ -30,14 +30,12 @@ from g4trainer.model import (
     load_adapter_weights,
     load_structure,
 )
+from g4trainer.quantization import NF4_STATE, STATISTICS
 
 SHARD_BYTES = 5_000_000_000
 """What the Hub's own files come to."""
 CHUNK_BYTES = 1 << 28
 """Of a tensor that is only copied."""
-NF4_STATE = ".quant_state.bitsandbytes__nf4"
-"""After a tensor's name: what bitsandbytes needs to dequantize it. Other statistics stand beside it."""
-NF4_STATISTICS = (NF4_STATE, ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 Delta = Callable[[], torch.Tensor]
 """What an adapter adds to one weight, in fp32 on the CPU, when it is called."""
@@ -64,7 +62,7 @@ class BaseWeights:
             raise ModelError(f"{folder}: the weights cannot be read: {error}", remedy=STAGE_AGAIN) from error
         self._states: dict[str, QuantState] = {}
         quantized = [name.removesuffix(NF4_STATE) for name in self._files if name.endswith(NF4_STATE)]
-        statistics = {name + suffix for name in quantized for suffix in NF4_STATISTICS}
+        statistics = {name + suffix for name in quantized for suffix in STATISTICS}
         self.quantized = frozenset(quantized)
         """Weights that are stored at NF4."""
         self.as_trained = as_trained - self.quantized
@@ -114,7 +112,7 @@ class BaseWeights:
         if name not in self._states:
             found = {
                 f"{name}{suffix}": self._files[name + suffix].get_tensor(name + suffix)
-                for suffix in NF4_STATISTICS
+                for suffix in STATISTICS
                 if name + suffix in self._files
             }
             state = QuantState.from_dict({key.removeprefix(f"{name}."): value for key, value in found.items()}, "cpu")

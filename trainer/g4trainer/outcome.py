@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,12 +53,29 @@ def end_attempt(run: RunDir, status: Status, claim: Claim, error: Exception) -> 
     interrupted = failure.code is ExitCode.INTERRUPTED
     if failure.code in FINAL:
         claim.wait()
-        document = {"exit_code": int(failure.code), "reason": failure.reason, "remedy": failure.remedy}
-        write_json(run.failed, {**document, "attempt": claim.attempt, "time": now()})
+        write_failure(run.failed, failure, attempt=claim.attempt)
     tell(run, failure, error)
     with contextlib.suppress(OSError):  # of a disk that is full or lost the log tells
         status.update(state="interrupted" if interrupted else "failed", message=failure.reason)
     return failure.code
+
+
+def end_request(failed: Path, error: Exception) -> ExitCode:
+    """Tells how a request of a finished run ended that has a known cause.
+
+    failed: the request's failed.json, written where no retry can help.
+    """
+    failure = failure_of(error)
+    if failure.code in FINAL:
+        write_failure(failed, failure)
+    log.error("%s To mend it: %s", failure.reason, failure.remedy)
+    return failure.code
+
+
+def write_failure(path: Path, failure: Failure, **more: Any) -> None:
+    """failed.json: why no retry can help."""
+    document = {"exit_code": int(failure.code), "reason": failure.reason, "remedy": failure.remedy}
+    write_json(path, document | more | {"time": now()})
 
 
 def tell(run: RunDir, failure: Failure, error: Exception) -> None:

@@ -251,7 +251,7 @@ def cpu_fit(model: vram.Model, shape: vram.Shape, free_bytes: int) -> Fit:
 def training_memory(model: vram.Model, shape: vram.Shape, micro: int, checkpointing: Checkpointing) -> vram.Memory:
     """The peak of a step of that recipe, the allocator's reserve included."""
     share = model.recipe.training.effective_batch_size // model.recipe.job.gpus
-    attention = vram.attention_for(model.recipe, shape.tokens)
+    attention = vram.attention_for(model.recipe.model.attn_implementation, shape.tokens)
     step = vram.Step(micro, checkpointing, attention, share > micro, compiled=model.shards == 1)
     return vram.with_reserve(vram.training(model, shape, step))
 

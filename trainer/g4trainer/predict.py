@@ -27,11 +27,11 @@ from g4trainer.attention import choose_attention
 from g4trainer.collator import Collator
 from g4trainer.dataset import DataError, Example
 from g4trainer.evaluate import Generator, Prediction, generator_of
-from g4trainer.exits import FINAL, ExitCode, ModelError, OutOfMemory
+from g4trainer.exits import ExitCode, ModelError, OutOfMemory
 from g4trainer.gemma import read_facts
-from g4trainer.metrics import now, status_interval_s
+from g4trainer.metrics import status_interval_s
 from g4trainer.model import attach_lora, load_adapter_weights, load_base, load_processor
-from g4trainer.outcome import KNOWN, failure_of
+from g4trainer.outcome import KNOWN, end_request
 from g4trainer.planner import Plan
 from g4trainer.recipe import FrozenRecipe, load_frozen
 from g4trainer.rundir import RunDir, read_json, write_bytes, write_json
@@ -89,12 +89,7 @@ def answer_request(run: RunDir, folder: Path, *, show: Callable[[Answer], None] 
     try:
         answers = _answer_all(run, read_request(folder), folder / "answers.jsonl", show)
     except KNOWN as error:
-        failure = failure_of(error)
-        if failure.code in FINAL:
-            document = {"exit_code": int(failure.code), "reason": failure.reason, "remedy": failure.remedy}
-            write_json(failed, document | {"time": now()})
-        log.error("%s To mend it: %s", failure.reason, failure.remedy)
-        return failure.code
+        return end_request(failed, error)
     write_json(folder / "answers.json", {"answers": [asdict(answer) for answer in answers]})
     return ExitCode.DONE
 

@@ -30,15 +30,10 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 """Parameters of a module of experts: (experts, outputs, inputs)."""
 METHOD = "g4kit_nf4"
 """Under this name transformers finds the quantizer below."""
-STATISTICS = (
-    "",
-    ".nested_absmax",
-    ".nested_quant_map",
-    ".quant_map",
-    ".absmax",
-    ".quant_state.bitsandbytes__nf4",
-)
-"""bitsandbytes' names of what belongs to a quantized tensor, in a safetensors file."""
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+"""After a tensor's name in a safetensors file: what bitsandbytes needs to dequantize it."""
+STATISTICS = (".nested_absmax", ".nested_quant_map", ".quant_map", ".absmax", NF4_STATE)
+"""After a tensor's name in a safetensors file: all that belongs to a quantized tensor."""
 
 
 @register_quantization_config(METHOD)
@@ -62,7 +57,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     serialized_names: ClassVar[dict[str, list[str]]] = {
         **Bnb4BitHfQuantizer.serialized_names,
-        **{f"experts.{name}": [f"experts.{name}{suffix}" for suffix in STATISTICS] for name in EXPERT_WEIGHTS},
+        **{f"experts.{name}": [f"experts.{name}{suffix}" for suffix in ("", *STATISTICS)] for name in EXPERT_WEIGHTS},
     }
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **settings: Any) -> None:

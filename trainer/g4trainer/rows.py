@@ -19,6 +19,10 @@ NUM_ROWS = 3
 """Field of parquet's FileMetaData, see parquet.thrift of apache/parquet-format."""
 STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(13)
 """Types of Thrift's compact protocol."""
+VARINT_BYTES = 10
+"""Of the longest number of 64 bits."""
+DEPTH = 64
+"""Structs and lists within one another; parquet's own go less than ten deep."""
 
 Read = Callable[[str, int, int], bytes]
 """Bytes of a file by its name, a start and a count."""
@@ -61,13 +65,14 @@ class _Compact:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
+        self._depth = 0
 
     def field(self, wanted: int) -> int:
         number = 0
         while (head := self._byte()) & 0x0F != STOP:
             number = number + (head >> 4) if head >> 4 else self._integer()
             if number == wanted and head & 0x0F in (I16, I32, I64):
-                return self._integer()
+                return self._whole_number()
             self._skip(head & 0x0F)
         raise ValueError(f"no field {wanted}")
 
@@ -81,24 +86,32 @@ class _Compact:
         elif kind == BINARY:
             length = self._varint()
             self._at += length
-        elif kind in (LIST, SET):
+        elif kind in (LIST, SET, MAP, STRUCT):
+            self._depth += 1
+            if self._depth > DEPTH:
+                raise ValueError(f"containers nested more than {DEPTH} deep")
+            self._skip_container(kind)
+            self._depth -= 1
+        elif kind not in (TRUE, FALSE):
+            raise ValueError(f"no type {kind}")
+
+    def _skip_container(self, kind: int) -> None:
+        if kind in (LIST, SET):
             head = self._byte()
-            count = self._varint() if head >> 4 == 15 else head >> 4
+            count = self._elements(self._varint() if head >> 4 == 15 else head >> 4)
             for _ in range(count):
                 self._skip_element(head & 0x0F)
         elif kind == MAP:
-            count = self._varint()
+            count = self._elements(self._varint())
             kinds = self._byte() if count else 0
             for _ in range(count):
                 self._skip_element(kinds >> 4)
                 self._skip_element(kinds & 0x0F)
-        elif kind == STRUCT:
+        else:
             while (head := self._byte()) & 0x0F != STOP:
                 if not head >> 4:
                     self._varint()
                 self._skip(head & 0x0F)
-        elif kind not in (TRUE, FALSE):
-            raise ValueError(f"no type {kind}")
 
     def _skip_element(self, kind: int) -> None:
         """In a container a truth value takes a byte; as a field of a struct it is in the field's head."""
@@ -107,23 +120,35 @@ class _Compact:
         else:
             self._skip(kind)
 
+    def _elements(self, count: int) -> int:
+        """A container's count. Each element takes a byte at least, so a larger count than bytes are left is none."""
+        if count > len(self._data) - self._at:
+            raise ValueError(f"a container of {count} elements")
+        return count
+
     def _byte(self) -> int:
         self._at += 1
         return self._data[self._at - 1]
 
     def _varint(self) -> int:
-        value = shift = 0
-        while True:
+        value = 0
+        for index in range(VARINT_BYTES):
             byte = self._byte()
-            value |= (byte & 0x7F) << shift
+            value |= (byte & 0x7F) << 7 * index
             if byte < 0x80:
                 return value
-            shift += 7
+        raise ValueError(f"a number of more than {VARINT_BYTES} bytes")
 
     def _integer(self) -> int:
         """Zigzag: the sign is the lowest bit."""
         value = self._varint()
         return (value >> 1) ^ -(value & 1)
+
+    def _whole_number(self) -> int:
+        number = self._integer()
+        if number < 0:
+            raise ValueError(f"{number} rows")
+        return number
 
 
 def _lines(name: str, size: int, read: Read) -> int:

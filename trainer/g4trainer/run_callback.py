@@ -3,14 +3,16 @@
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback
 
-from g4trainer.progress import peak_memory_bytes
-
-if TYPE_CHECKING:
-    from g4trainer.trainer import RunTrainer
+from g4trainer.attempt import Attempt
+from g4trainer.checkpoint_writer import CheckpointWriter
+from g4trainer.planner import Plan
+from g4trainer.progress import Progress, peak_memory_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 """With save_steps = "auto": the work that an interruption loses at most, besides a step and a checkpoint's write."""
@@ -22,10 +24,27 @@ ADAM_BYTES = 12
 log = logging.getLogger(__name__)
 
 
-class RunCallback(TrainerCallback):
-    """Follows a RunTrainer; all it changes there is `progress`, `stopped` and the Trainer's control."""
+class Trained(Protocol):
+    """What the callback knows of the trainer (g4trainer.trainer) that it follows."""
 
-    def __init__(self, trainer: "RunTrainer") -> None:
+    attempt: Attempt
+    plan: Plan
+    writer: CheckpointWriter
+    progress: Progress
+    stopped: str | None
+    eval_dataset: Any
+
+    def trained_parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def take_samples(self) -> int: ...
+
+    def catch_up(self) -> None: ...
+
+
+class RunCallback(TrainerCallback):
+    """Follows a trainer; all it changes there is `progress`, `stopped` and the Trainer's control."""
+
+    def __init__(self, trainer: Trained) -> None:
         self._trainer = trainer
         self._recent_steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self.start_step_clock()

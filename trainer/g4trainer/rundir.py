@@ -185,23 +185,6 @@ def manifest(folder: Path, *, leave_out: frozenset[str] = frozenset()) -> dict[s
     return {name: file_entry(folder / name) for name in names if name not in leave_out}
 
 
-def manifest_problems(
-    folder: Path, entries: dict[str, dict[str, Any]], *, leave_out: frozenset[str] = frozenset()
-) -> list[str]:
-    """What differs between a folder and its manifest: missing, extra, changed files. Empty when every byte agrees."""
-    if not folder.is_dir():
-        return [f"{folder}: missing"]
-    found = manifest(folder, leave_out=leave_out)
-    problems = [f"{name}: missing" for name in entries if name not in found]
-    problems += [f"{name}: not in the manifest" for name in found if name not in entries]
-    for name, entry in entries.items():
-        if name in found and found[name] != {"size": entry.get("size"), "sha256": entry.get("sha256")}:
-            problems.append(
-                f"{name}: {entry.get('size')} bytes were written, {found[name]['size']} are there, or they differ"
-            )
-    return problems
-
-
 def remove_remains(run: RunDir) -> None:
     """Deletes temporary files that killed attempts left, but in claims/, where others may be writing."""
     for path in run.path.rglob(f".*{TEMPORARY_SUFFIX}"):

@@ -25,9 +25,9 @@ from g4trainer.claims import metadata_age_s
 from g4trainer.dataset import DataError, Splits, load_splits
 from g4trainer.deadline import Deadline
 from g4trainer.evaluate import Prediction, predict, read_predictions, score, to_lines
-from g4trainer.exits import FINAL, ExitCode, OutOfMemory, TrainerError
-from g4trainer.metrics import now, status_interval_s
-from g4trainer.outcome import KNOWN, failure_of
+from g4trainer.exits import ExitCode, OutOfMemory, TrainerError
+from g4trainer.metrics import status_interval_s
+from g4trainer.outcome import KNOWN, end_request
 from g4trainer.predict import Predictor
 from g4trainer.recipe import Size
 from g4trainer.rundir import RunDir, file_entry, read_json, write_bytes, write_json
@@ -67,12 +67,7 @@ def evaluate_shard(run: RunDir, shard: Shard, test_size: Size | None, deadline: 
     try:
         _Evaluation(run, shard, test_size, deadline).execute()
     except KNOWN as error:
-        failure = failure_of(error)
-        if failure.code in FINAL:
-            document = {"exit_code": int(failure.code), "reason": failure.reason, "remedy": failure.remedy}
-            write_json(failed, document | {"time": now()})
-        log.error("%s To mend it: %s", failure.reason, failure.remedy)
-        return failure.code
+        return end_request(failed, error)
     return ExitCode.DONE
 
 

@@ -15,6 +15,7 @@ from g4trainer.recipe import Recipe
 
 Checkpointing = Literal["none", "half", "full"]
 Attention = Literal["eager", "sdpa"]
+AttentionSetting = Literal["auto", "eager", "sdpa"]
 
 GIB = 2**30
 BF16, FP32 = 2, 4
@@ -147,9 +148,11 @@ class Model:
         return Shape(budget + text_tokens, budget * self.patches_a_token, ANSWER_TOKENS)
 
 
-def attention_for(recipe: Recipe, tokens: int) -> Attention:
-    """The text layers' attention: what the recipe says, or what is fastest at that length."""
-    setting = recipe.model.attn_implementation
+def attention_for(setting: AttentionSetting, tokens: int) -> Attention:
+    """The text layers' attention on a GPU: what the recipe says, or what is fastest at that length.
+
+    setting: `model.attn_implementation` of the recipe. tokens: length of a sample.
+    """
     if setting == "auto":
         return "eager" if tokens < EAGER_BELOW_TOKENS else "sdpa"
     return setting
@@ -198,7 +201,7 @@ def evaluation(model: Model, shape: Shape, batch: int, *, new_tokens: int, train
 
     trained: whether the optimizer's moments are still there, as they are when the validation loss is measured.
     """
-    step = Step(batch, "none", attention_for(model.recipe, shape.tokens), accumulates=False)
+    step = Step(batch, "none", attention_for(model.recipe.model.attn_implementation, shape.tokens), accumulates=False)
     lora = model.lora_parameters
     working = max(batch * _activations(layer, shape, step) for layer in model.layers)
     cache = sum(layer.keys for layer in model.layers) * batch * (shape.tokens + new_tokens)
