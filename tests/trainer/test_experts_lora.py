@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForMultimodalLM
 
-from g4trainer import gemma, lora_targets, merging, tiny, vram
+from g4trainer import gemma, lora_targets, merging, nf4, tiny, vram
 from g4trainer import recipe as recipes
 from g4trainer.compiled import compile_layers
 from g4trainer.exits import ModelError
@@ -76,7 +75,7 @@ def weights_of(experts: Any) -> dict[str, torch.Tensor]:
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(experts, name)
         state = getattr(weight, "quant_state", None)
-        found[name] = weight if state is None else dequantize_4bit(weight.data, state).float()
+        found[name] = weight if state is None else nf4.whole(weight.data, state).float()
     return found
 
 

@@ -67,7 +67,7 @@ def test_experts_at_nf4_compute_what_transformers_computes_of_the_dequantized_we
     full = experts_of(base_model(folders["26B-A4B"], "none"))[0]
     for name in EXPERT_WEIGHTS:
         weight = getattr(ours, name)
-        plain = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
+        plain = nf4.whole(weight, weight.quant_state)
         assert plain.shape == getattr(full, name).shape
         setattr(full, name, torch.nn.Parameter(plain, requires_grad=False))
     hidden, index, weights = routed(ours, 40)
@@ -319,6 +319,18 @@ def test_a_model_that_lacks_a_weight_is_refused(folders: dict[str, Path], tmp_pa
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="1 weights are missing"):
         quantize.quantize(broken, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("shape", [(96, 4304), (4, 64, 32), (256, 48), (8, 10), (3, 5)], ids=str)
+def test_rows_that_end_within_a_block_have_their_own_scales(shape: tuple[int, ...]) -> None:
+    original = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    packed, state = bitsandbytes.functional.quantize_4bit(original, quant_type="nf4", blocksize=nf4.BLOCK)
+    pairs = packed.flatten().int()
+    codes = state.code[torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[: original.numel()]]
+    expected = codes * state.absmax.repeat_interleave(nf4.BLOCK)[: original.numel()]
+    found = nf4.whole(packed, state)
+    torch.testing.assert_close(found, expected.view(shape), rtol=1e-6, atol=1e-7)
+    assert (found - original).norm() / original.norm() < 0.12
 
 
 def test_dequantized_weights_and_products_are_those_of_bitsandbytes(folders: dict[str, Path]) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft.tuners.lora import ParamWrapper
 from safetensors import SafetensorError, safe_open
 
+from g4trainer import nf4
 from g4trainer import recipe as recipes
 from g4trainer.checkpoint import header_of
 from g4trainer.exits import ModelError
@@ -92,9 +93,9 @@ class BaseWeights:
         """The whole tensor on the CPU."""
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         if name in self.quantized:
-            return dequantize_4bit(tensor, self._state(name))
+            return nf4.whole(tensor, self._state(name))
         if name in self.as_trained:
-            return dequantize_4bit(*quantize_4bit(tensor.float(), quant_type="nf4", compress_statistics=True))
+            return nf4.whole(*quantize_4bit(tensor.float(), quant_type="nf4", compress_statistics=True))
         return tensor
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
