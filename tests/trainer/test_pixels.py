@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from making import collator, examples, picture
 from PIL import Image
 from transformers.models.gemma4.image_processing_gemma4 import Gemma4ImageProcessor
 
 from g4trainer.pixels import as_numbers, patches_of
+from trainer.making import collator, examples, picture
 
 SIZES = ((500, 375), (375, 500), (1, 1), (8, 8), (3, 900), (10_000, 10), (640, 427), (912, 672), (1333, 1000))
 

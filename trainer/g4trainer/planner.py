@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
@@ -46,6 +46,8 @@ class Plan:
     logging_steps: int
     processes: int = 1
     """GPUs that share an optimizer step, each with its own micro-batches."""
+    trial: Sequence[Mapping[str, Any]] = ()
+    """What g4trainer.trial measured before the first step, one entry a setting."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -205,31 +207,50 @@ def model_for(recipe: Recipe, config: Mapping[str, Any], free_bytes: int) -> vra
 
 def best_fit(model: vram.Model, shape: vram.Shape, free_bytes: int) -> Fit:
     """The fastest setting that fits; where none does, the one that needs least. What the recipe states stays."""
+    allowed = [setting for setting in settings_of(model, shape) if setting.allowed]
+    fitting = [setting for setting in allowed if setting.memory.total <= free_bytes]
+    best = fitting[0] if fitting else min(allowed, key=lambda setting: setting.memory.total)
+    batch = _evaluation_batch(model, shape, free_bytes)
+    evaluation = evaluation_memory(model, shape, batch)
+    return Fit(best.micro_batch, best.activation_checkpointing, batch, best.memory, evaluation, free_bytes)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to compute an optimizer step, as it is predicted."""
+
+    micro_batch: int
+    activation_checkpointing: Checkpointing
+    memory: vram.Memory
+    """At the peak, the allocator's reserve included."""
+    seconds: float
+    """Of an optimizer step."""
+    allowed: bool = True
+    """Whether the recipe leaves it open."""
+
+
+def settings_of(model: vram.Model, shape: vram.Shape) -> list[Setting]:
+    """All settings of a recipe's effective batch, the fastest first; of those as fast, what needs less memory."""
     recipe = model.recipe
     card = timing.CARDS[recipe.job.accelerator]
     share = recipe.training.effective_batch_size // recipe.job.gpus
-
-    def seconds(setting: tuple[int, Checkpointing, vram.Memory]) -> tuple[float, int]:
-        micro, checkpointing, memory = setting
-        step = timing.step_seconds(
-            model,
-            shape,
-            card,
-            micro_batch=micro,
-            checkpointing=checkpointing,
-            accumulation=share // micro,
-        )
-        return step, memory.total
-
+    allowed = {(micro, again) for micro in _micro_batches(recipe, share) for again in _checkpointing(recipe)}
+    every: Sequence[Checkpointing] = ("none", "half", "full")
+    divisors = {number for number in range(1, min(share, MAX_MICRO_BATCH) + 1) if share % number == 0}
     settings = [
-        (micro, checkpointing, training_memory(model, shape, micro, checkpointing))
-        for micro in _micro_batches(recipe, share)
-        for checkpointing in _checkpointing(recipe)
+        Setting(
+            micro,
+            again,
+            training_memory(model, shape, micro, again),
+            timing.step_seconds(
+                model, shape, card, micro_batch=micro, checkpointing=again, accumulation=max(1, share // micro)
+            ),
+            (micro, again) in allowed,
+        )
+        for micro in sorted(divisors | {micro for micro, _ in allowed})
+        for again in every
     ]
-    fitting = [setting for setting in settings if setting[2].total <= free_bytes]
-    best = min(fitting, key=seconds) if fitting else min(settings, key=lambda setting: setting[2].total)
-    batch = _evaluation_batch(model, shape, free_bytes)
-    return Fit(*best[:2], batch, best[2], evaluation_memory(model, shape, batch), free_bytes)
+    return sorted(settings, key=lambda setting: (setting.seconds, setting.memory.total))
 
 
 def cpu_fit(model: vram.Model, shape: vram.Shape, free_bytes: int) -> Fit:

@@ -4,12 +4,14 @@ How to choose is g4trainer.planner's, in pure functions; here is what the machin
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
+from g4trainer import vram
 from g4trainer.dataset import Splits
 from g4trainer.exits import MemoryPart, OutOfMemory
 from g4trainer.metrics import Publisher, Status
@@ -17,8 +19,10 @@ from g4trainer.planner import (
     CPU_EVALUATION_BATCH,
     MAX_CPU_MICRO_BATCH,
     Plan,
+    Setting,
     choose_plan,
     model_for,
+    settings_of,
     training_arguments,
     what_fits,
 )
@@ -26,6 +30,8 @@ from g4trainer.ranks import Ranks
 from g4trainer.recipe import Recipe, lora_config
 from g4trainer.rundir import RunDir, read_json, to_json, write_json
 from g4trainer.staged import base_model_folder
+
+Trial = Callable[[Plan, Sequence[Setting]], Plan]
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +49,11 @@ class RunPlan:
         self._run, self._recipe, self._publisher, self._status = run, recipe, publisher, status
         self._ranks, self._device = ranks, device
 
-    def choose(self, splits: Splits, *, text_tokens: int) -> None:
+    def choose(self, splits: Splits, *, text_tokens: int, trial: Trial | None) -> None:
         """Takes plan.json as an earlier attempt wrote it, else what fits this machine.
 
-        text_tokens: of a sample, all but the image's.
+        text_tokens: of the longest sample, all but the image's.
+        trial: measures a plan and settings beside it before anything is written; None trusts the prediction.
         """
         ranks, path = self._ranks, self._run.plan
         earlier = ranks.share(read_json(path) if ranks.leads and path.exists() else None)
@@ -59,6 +66,9 @@ class RunPlan:
             validation_samples=len(splits.validation),
             **self._what_fits(text_tokens),
         )
+        if trial is not None:
+            model = vram.Model(self._recipe, self._model_config)
+            self.current = trial(self.current, settings_of(model, model.shape(text_tokens)))
         self._write()
 
     def follow(self, plan: Plan) -> None:
@@ -81,10 +91,10 @@ class RunPlan:
             log.info("the base model is shared among %d processes", shards)
         return shards
 
-    def training_arguments(self, *, output_dir: str = "output") -> dict[str, Any]:
-        """For `transformers.TrainingArguments(**arguments)` on this machine."""
+    def training_arguments(self, plan: Plan | None = None, *, output_dir: str = "output") -> dict[str, Any]:
+        """For `transformers.TrainingArguments(**arguments)` on this machine. plan: by default the current one."""
         device: Literal["cuda", "cpu"] = "cuda" if self._device.type == "cuda" else "cpu"
-        return training_arguments(self._recipe, self.current, device=device, output_dir=output_dir)
+        return training_arguments(self._recipe, plan or self.current, device=device, output_dir=output_dir)
 
     def shrink(self, part: MemoryPart, error: Exception) -> None:
         """Goes on with a plan that needs less memory for that part. Raises OutOfMemory where there is none.

@@ -16,6 +16,7 @@ g4trainer.evaluator answers images, and g4trainer.trainer takes the steps.
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from g4trainer.model import (
     load_base,
     load_processor,
 )
-from g4trainer.planner import on_processes
+from g4trainer.planner import Plan, Setting, on_processes
 from g4trainer.rank_checkpoint import newest_on_all_ranks
 from g4trainer.ranks import ALONE, Ranks
 from g4trainer.recipe import load_frozen
@@ -50,6 +51,7 @@ from g4trainer.run_plan import RunPlan
 from g4trainer.rundir import RunDir, write_json
 from g4trainer.staged import base_model_folder, staged_folder
 from g4trainer.trainer import RunTrainer
+from g4trainer.trial import gauge_of, length, try_settings
 
 log = logging.getLogger(__name__)
 PADDING = {"cuda": 64, "cpu": 1}
@@ -115,18 +117,19 @@ class Phases:
             pixels_as_bytes=True,
         )
         base = load_base(folder, recipe.model, device=self.device, shards=self.plan.shards())
-        sample = self.collator.encode(self.splits.train[0]).input_ids
+        sample = self.collator.encode(max(self.splits.train, key=length)).input_ids
         choose_attention(base, recipe.model.attn_implementation, tokens=len(sample), device=self.device)
         deadline.check()
         set_seed(recipe.training.seed)
         self.model = attach_lora(base, recipe.lora, base_model=recipe.model.id)
         if self.ranks.size == 1:  # several processes never begin again within an attempt
             self.initial_adapter = {name: tensor.clone() for name, tensor in adapter_tensors(self.model).items()}
-        self.attempt.own_the_run()
-        self.plan.choose(self.splits, text_tokens=len(sample) - sample.count(self.collator.image_id))
         large = base.num_parameters() >= COMPILE_FROM_PARAMETERS
         if self.device.type == "cuda" and large and not is_sharded(base):
             compile_layers(self.model)
+        self.attempt.own_the_run()
+        text_tokens = len(sample) - sample.count(self.collator.image_id)
+        self.plan.choose(self.splits, text_tokens=text_tokens, trial=None if is_sharded(base) else self._trial)
         generator = generator_of(self.model, self.collator, self.splits.labels, recipe.evaluation)
         self.evaluator = RunEvaluator(self.attempt, self.plan, generator)
 
@@ -192,21 +195,40 @@ class Phases:
             log.warning("%d test images are also in the training data: the accuracy flatters", splits.shared_images)
         return splits
 
+    def _trial(self, plan: Plan, settings: Sequence[Setting]) -> Plan:
+        """The plan as a trial on the card leaves it; unchanged where there is none."""
+        gauge = gauge_of(self.device)
+        if gauge is None:
+            return plan
+        return try_settings(
+            plan,
+            settings,
+            gauge=gauge,
+            trainer_of=self._trainer,
+            examples=self.splits.train,
+            epochs=self.recipe.training.num_train_epochs,
+            ranks=self.ranks,
+            check=self.attempt.deadline.check,
+        )
+
+    def _trainer(self, plan: Plan) -> RunTrainer:
+        return RunTrainer(
+            model=self.model,
+            args=TrainingArguments(**self.plan.training_arguments(plan, output_dir=self._scratch.name)),
+            collator=self.collator,
+            train=self.splits.train,
+            validation=self.splits.validation,
+            plan=plan,
+            recipe_hash=self.frozen.recipe_hash,
+            load_best=self.recipe.training.load_best_model,
+            attempt=self.attempt,
+        )
+
     def _train_within_memory(self) -> RunTrainer:
         """Trains; out of GPU memory it goes on from the newest checkpoint with half the micro-batch."""
         scratch = Path(self._scratch.name)
         while True:
-            trainer = RunTrainer(
-                model=self.model,
-                args=TrainingArguments(**self.plan.training_arguments(output_dir=self._scratch.name)),
-                collator=self.collator,
-                train=self.splits.train,
-                validation=self.splits.validation,
-                plan=self.plan.current,
-                recipe_hash=self.frozen.recipe_hash,
-                load_best=self.recipe.training.load_best_model,
-                attempt=self.attempt,
-            )
+            trainer = self._trainer(self.plan.current)
             self.attempt.checkpoints = trainer.writer
             checkpoint = newest_on_all_ranks(self.run.checkpoints, self.frozen.recipe_hash, self.ranks, scratch=scratch)
             if checkpoint:

@@ -4,6 +4,7 @@ The loss is taken only where a token is supervised and normalized by the supervi
 batch, so that how a batch is cut into micro-batches changes nothing.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -123,6 +124,31 @@ class RunTrainer(Trainer):
         targets = inputs["kept_labels"]  # (batch, supervised) int64, IGNORED where padded
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss, outputs
+
+    @contextlib.contextmanager
+    def as_in_training(self) -> Iterator[None]:
+        """The model as `train` makes it, around `pass_over`; afterwards it is as it was."""
+        arguments, training = self.args, self.model.training
+        if arguments.activation_checkpointing:
+            options = dict(arguments.activation_checkpointing_kwargs)
+            every = options.pop("every_n_layers")
+            self.model.activation_checkpointing_enable(options, every_n_layers=every)
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+            if arguments.activation_checkpointing:
+                base = self.model.get_base_model()
+                base.activation_checkpointing_disable()
+                base.disable_input_require_grads()
+
+    def pass_over(self, batch: dict[str, torch.Tensor]) -> None:
+        """A micro-batch forward and backward, as in a step; its gradients are added to those that are there."""
+        inputs = self._prepare_inputs(batch)
+        with self.accelerator.autocast():
+            loss, _ = self._summed_loss(self.model, inputs)
+        loss.backward()
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """A micro-batch, forward and backward; after the last of a step, gradients are those of all ranks together."""
