@@ -61,6 +61,24 @@ class Estimate:
             + (f"write {_options(self.nearest[0])}." if self.nearest else "write a larger job.accelerator.")
         )
 
+    def refuse_evaluation(self) -> None:
+        """Raises DoesNotFitError, with a card that does, where not even evaluation fits.
+
+        Made for a recipe whose evaluation.batch_size is "auto", so that it is one image that does not.
+        """
+        fit, card = self.fit, self.hardware
+        if fit.evaluation.total <= fit.free_bytes:
+            return
+        platforms = set(ACCELERATORS[self.recipe.job.accelerator].platforms)
+        alike = [name for name, gpu in ACCELERATORS.items() if platforms & set(gpu.platforms)]
+        larger = [one for one in map(of_accelerator, alike) if one.free_bytes >= fit.evaluation.total]
+        smallest = min(larger, key=lambda one: one.free_bytes, default=None)
+        raise DoesNotFitError(
+            f"{self.recipe.name}: evaluation needs {_gib(fit.evaluation.total)}, and {card.title} has "
+            f"{_gib(fit.free_bytes)} free"
+            + (f"; write --accelerator {smallest.accelerator}." if smallest and not card.is_here else ".")
+        )
+
     def to_json(self) -> dict[str, Any]:
         fit = self.fit
         return {

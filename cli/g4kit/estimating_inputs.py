@@ -35,18 +35,22 @@ def estimate_for(
     target: str | None,
     table: Table | None = None,
     region: str | None = None,
+    machine_gpus: int | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Estimate:
     """For a target: `local` is this machine, where nothing is billed; `cloudrun` the deployment's own job.
 
     target: None takes the recipe's accelerator by the tables alone.
     table: None takes the project's own prices. region: None takes the deployment's, or without one REGION.
+    machine_gpus: paid for, where they are more than work; None takes the recipe's.
     """
     here = target == "local"
     job = deployed_job(recipe, environ) if target == "cloudrun" else None
     if job:
         recipe = with_changes(recipe, [f"job.max_attempts={job.max_retries + 1}"])
     wanted = None if here else what_is_priced(recipe, job, region or region_of(target, environ))
+    if wanted and machine_gpus:
+        wanted = dataclasses.replace(wanted, gpus=machine_gpus)
     table = table or price_table(environ=environ)
     return estimate(
         recipe,

@@ -4,6 +4,7 @@ g4trainer.sharding says what the tasks write. Asked again, what is whole is kept
 """
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from g4kit.errors import FAILED, UserError
 from g4kit.estimating_inputs import estimate_for
 from g4kit.launches import read_launches, write_intent, write_started
 from g4kit.launching import staging_problems
+from g4kit.one_gpu import OneGpu, on_one_gpu
 from g4kit.predicting import require_finished
 from g4kit.pricing import MINIMUM_S, Prices
 from g4kit.runs import evaluation_id, read_document, run_folder
@@ -44,7 +46,9 @@ class EvaluationPlan:
     run_id: str
     shards: int
     recipe: Recipe
-    """The run's, with the test size that is asked for, and limits within the cap on the cost."""
+    """The run's on one GPU, with the test size that is asked for, and limits within the cap on the cost."""
+    where: OneGpu
+    """Of each task."""
     task_seconds: float | None
     """Expected of each task; None where the time cannot be predicted."""
     prices: Prices | None
@@ -73,24 +77,36 @@ class EvaluationPlan:
 
 
 def plan_evaluation(
-    cloud: Cloud, run_id: str, shards: int, test_size: str | None, max_cost: float | None
+    cloud: Cloud,
+    run_id: str,
+    shards: int,
+    test_size: str | None,
+    max_cost: float | None,
+    accelerator: str | None = None,
 ) -> EvaluationPlan:
     """Reads and checks everything, writes nothing. test_size: None for as many samples as the run's own evaluation.
 
-    Raises RunNotFoundError, PredictError where the run has not finished, EvaluateError with all problems, BudgetError.
+    accelerator: another than the run's.
+    Raises RunNotFoundError, PredictError where the run has not finished, EvaluateError with all problems,
+    DoesNotFitError, BudgetError.
     """
-    recipe = require_finished(cloud, run_id)
+    where = on_one_gpu(require_finished(cloud, run_id), cloud.target, accelerator)
+    recipe = with_changes(
+        where.recipe, ['evaluation.batch_size="auto"']
+    )  # what does not fit is answered in smaller ones
     if test_size is not None:
         value = json.dumps(test_size) if test_size == "all" else test_size
         recipe = with_changes(recipe, [f"data.test_size={value}"])
-    found = estimate_for(cloud.bucket, recipe, target=cloud.target)
+    found = estimate_for(cloud.bucket, recipe, target=cloud.target, machine_gpus=where.gpus)
+    found.refuse_evaluation()
     recipe = found.recipe
     limits = None
     if max_cost is not None and cloud.target != "local":
         limits = limits_of_first(found, cloud.target, max_cost, runs=shards)
         recipe = under_limits(recipe, limits)
     seconds = found.time.phases["load"] + found.time.phases["final"] / shards if found.time else None
-    plan = EvaluationPlan(run_id, shards, recipe, seconds, found.prices, limits)
+    where = dataclasses.replace(where, recipe=recipe)
+    plan = EvaluationPlan(run_id, shards, recipe, where, seconds, found.prices, limits)
     problems = [
         *staging_problems(cloud.bucket, recipe),
         *cloud.jobs.problems(_request(cloud, plan, "none", tuple(range(shards)))),
@@ -183,9 +199,7 @@ def _request(cloud: Cloud, plan: EvaluationPlan, launch_id: str, tasks: tuple[in
         run_id=evaluation_id(plan.run_id),
         launch_id=launch_id,
         args=("evaluate", path, "--shards", str(plan.shards), "--test-size", str(plan.test_size), *some),
-        timeout_s=plan.recipe.job.timeout_s,
-        max_attempts=plan.recipe.job.max_attempts,
-        accelerator=plan.recipe.job.accelerator,
+        **plan.where.requested,
         env={ATTEMPTS_VARIABLE: str(plan.limits.attempts)} if plan.limits else {},
         task_count=len(tasks),
         folder=shards_folder(plan.run_id),

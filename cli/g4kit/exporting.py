@@ -16,6 +16,7 @@ from g4kit.cloud.local import trainer_command, trainer_problems
 from g4kit.cloud.local_bucket import storage_errors
 from g4kit.errors import FAILED, USAGE, FailedError, UserError
 from g4kit.fetching import EXPORTED, EXPORTS, check_entries, copy_checked, read_exported
+from g4kit.one_gpu import OneGpu
 from g4kit.runs import read_document, require_run, run_folder
 from g4trainer.model_card import model_card
 from g4trainer.recipe import FrozenRecipe
@@ -112,17 +113,14 @@ def running_export(cloud: Cloud, run_id: str, options: Options) -> Execution | N
     return next((one for one in cloud.jobs.find(_own_id(run_id, options)) if one.active), None)
 
 
-def start_there(cloud: Cloud, frozen: FrozenRecipe, options: Options) -> Execution:
+def start_there(cloud: Cloud, frozen: FrozenRecipe, where: OneGpu, options: Options) -> Execution:
     """Raises ExportError where the target cannot run it."""
-    job = frozen.recipe.job
     out = cloud.bucket.job_path(f"{run_folder(frozen.run_id)}/{EXPORTS[options.onto]}")
     asked = JobRequest(
         run_id=_own_id(frozen.run_id, options),
         launch_id=secrets.token_hex(4),
         args=_arguments(cloud, frozen.run_id, out, options),
-        timeout_s=job.timeout_s,
-        max_attempts=job.max_attempts,
-        accelerator=job.accelerator,
+        **where.requested,
     )
     problems = cloud.jobs.problems(asked)
     if problems:

@@ -42,6 +42,9 @@ target_option = click.option(
     help="Where runs live. Also G4KIT_TARGET. Default: cloudrun where G4KIT_DEPLOYMENT names a deployment, else local, "
     "the folder .g4kit or G4KIT_ROOT.",
 )
+accelerator_option = click.option(
+    "--accelerator", metavar="NAME", help="GPU of a cloud target to work on. Default: the run's. See docs/limits.md."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 price_table_option = click.option(
     "--price-table",

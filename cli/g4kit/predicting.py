@@ -17,6 +17,7 @@ from g4kit.cloud.base import Cloud, Execution, JobRequest, ObjectNotFoundError
 from g4kit.cloud.local import trainer_command, trainer_problems
 from g4kit.errors import FAILED, USAGE, FailedError, UserError
 from g4kit.following import describe
+from g4kit.one_gpu import OneGpu
 from g4kit.runs import read_document, read_run, run_folder
 from g4kit.transfer import in_parallel
 from g4trainer.recipe import Recipe
@@ -79,12 +80,12 @@ def require_finished(cloud: Cloud, run_id: str) -> Recipe:
     return Recipe.model_validate(document["recipe"])
 
 
-def predict(cloud: Cloud, recipe: Recipe, request: Request, say: Say) -> Iterator[Answer]:
+def predict(cloud: Cloud, where: OneGpu, request: Request, say: Say) -> Iterator[Answer]:
     """Answers in the images' order, as they come. Raises PredictError."""
     if cloud.target == "local":
         yield from predict_here(cloud, request, trainer_command(os.environ), say)
     else:
-        yield from predict_there(cloud, recipe, request, say)
+        yield from predict_there(cloud, where, request, say)
 
 
 def predict_here(cloud: Cloud, request: Request, trainer: tuple[str, ...], say: Say) -> Iterator[Answer]:
@@ -118,7 +119,7 @@ def predict_here(cloud: Cloud, request: Request, trainer: tuple[str, ...], say: 
             raise _failure(said, "".join(deque(told, maxlen=LOG_LINES)), code)
 
 
-def predict_there(cloud: Cloud, recipe: Recipe, request: Request, say: Say) -> Iterator[Answer]:
+def predict_there(cloud: Cloud, where: OneGpu, request: Request, say: Say) -> Iterator[Answer]:
     """Images up, one execution, answers back; then nothing of the request is left in the bucket."""
     token = secrets.token_hex(4)
     # Named below the run and not for it: the run's own executions are another matter.
@@ -131,9 +132,7 @@ def predict_there(cloud: Cloud, recipe: Recipe, request: Request, say: Say) -> I
             *("predict", cloud.bucket.job_path(run_folder(request.run_id))),
             *("--request", cloud.bucket.job_path(folder), "--quiet"),
         ),
-        timeout_s=recipe.job.timeout_s,
-        max_attempts=recipe.job.max_attempts,
-        accelerator=recipe.job.accelerator,
+        **where.requested,
     )
     problems = cloud.jobs.problems(asked)
     if problems:

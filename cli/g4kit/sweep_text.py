@@ -37,7 +37,11 @@ def total_line(plan: SweepPlan, parallelism: int) -> str:
     """`all     4 points, 2 at a time: about 1 h 2 min; $6.20 ($5.10 to $8.00), at worst $127.60`"""
     count = len(plan.points)
     at_once = min(parallelism, count)
-    how = "one after another" if at_once == 1 else f"{at_once} at a time"
+    how = f"{at_once} at a time"
+    if at_once == 1:
+        how = "one after another"
+    elif at_once >= count:
+        how = "all at the same time as far as the quota allows"
     line = f"all     {count} {'point' if count == 1 else 'points'}, {how}"
     if plan.seconds is not None:
         line += f": about {duration(plan.seconds * -(-count // at_once) / count)}"

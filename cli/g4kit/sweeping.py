@@ -128,8 +128,10 @@ def priced_sweep(plan: SweepPlan, max_cost: float | None) -> SweepPlan:
     return dataclasses.replace(plan, points=tuple(points))
 
 
-def parallelism_of(target: str, recipe: Recipe) -> int:
-    """How many points run at a time: the deployed job's, 1 on this machine."""
+def parallelism_of(target: str, recipe: Recipe, count: int) -> int:
+    """How many of so many points run at a time: the deployed job's, all on Vertex AI, 1 on this machine."""
+    if target == "vertex":
+        return count
     job = deployed_job(recipe, os.environ) if target == "cloudrun" else None
     return job.parallelism if job else 1
 
@@ -220,6 +222,10 @@ def _request(
         timeout_s=recipe.job.timeout_s,
         max_attempts=recipe.job.max_attempts,
         accelerator=recipe.job.accelerator,
+        gpus=recipe.job.gpus,
+        hosts=recipe.job.hosts,
+        provisioning=recipe.job.provisioning,
+        max_wait_s=recipe.job.max_wait_s,
         env=env or {},
         task_count=len(tasks),
         folder=sweep_folder(sweep_id),

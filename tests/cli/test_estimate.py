@@ -339,3 +339,16 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = machine.this_machine()
     assert (found.is_gpu, found.is_here, found.accelerator) == (False, True, None)
     assert 0 < found.free_bytes <= found.memory_bytes
+
+
+def test_an_evaluation_goes_by_its_own_memory() -> None:
+    """A micro-batch that fits no card trains nowhere, and is no matter to answers."""
+    large = [f"training.{key}=64" for key in ("per_device_train_batch_size", "effective_batch_size")]
+    recipe = load_recipe(PETS, [*large, "training.activation_checkpointing=none"])
+    estimated(recipe).refuse_evaluation()
+    with pytest.raises(FailedError, match="training needs"):
+        estimated(recipe).refuse()
+    whole = load_recipe(PETS, ["model.quantization=none", "job.accelerator=nvidia-l4"])
+    said = r"evaluation needs 6\d\.\d GiB, and NVIDIA L4, 24 GB has .* free; write --accelerator nvidia-rtx-pro-6000\."
+    with pytest.raises(FailedError, match=said):
+        estimated(whole, card="nvidia-l4").refuse_evaluation()

@@ -12,7 +12,7 @@ import made_up_model
 from cli.bench import RECIPE, STANDIN
 from contract.waiting import wait_until
 from fakes.google_cloud import QUICK, FakeGoogleCloud
-from g4kit import following
+from g4kit import exporting, following, predicting
 from g4kit.cloud import google_client
 from g4kit.main import cli
 
@@ -44,8 +44,8 @@ def call(google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(following, "INTERVAL_S", 0.1)
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str, plan: list[dict[str, Any]] | None = None) -> Result:
-        if plan:
+    def call(*arguments: str, plan: Any = None) -> Result:
+        if plan is not None:
             monkeypatch.setenv("STANDIN_PLAN", json.dumps(plan))
         result = CliRunner().invoke(cli, arguments)
         if result.exception and not isinstance(result.exception, SystemExit):
@@ -132,3 +132,99 @@ def test_doctor_says_what_is_right_and_what_mends_the_rest(call: Call, google: F
     assert mends["Vertex AI"] == "gcloud services enable aiplatform.googleapis.com --project=test-project"
     assert mends["permissions"].startswith("gcloud iam service-accounts add-iam-policy-binding g4kit-runtime@")
     assert "build_command" in mends["image"]
+
+
+PRICES = """\
+[vertex.europe-west4]
+as_of = "2026-11"
+source = "a test"
+machine_hour = { a3-highgpu-1g = 12.0, a3-highgpu-8g = 96.0, a3-ultragpu-8g = 88.0 }
+"""
+
+
+@pytest.fixture
+def run_id(call: Call, google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Finished on eight GPUs."""
+    (tmp_path / "prices.toml").write_text(PRICES)
+    (tmp_path / "one.png").write_bytes(b"x")
+    monkeypatch.setenv("G4KIT_PRICE_TABLE", str(tmp_path / "prices.toml"))
+    monkeypatch.setattr(predicting, "POLL_S", 0.1)
+    monkeypatch.setattr(exporting, "POLL_S", 0.1)
+    launched = call("launch", "tiny.toml", "--wait", "--yes")
+    assert launched.exit_code == 0, launched.stderr
+    return launched.stdout.strip()
+
+
+def machines(google: FakeGoogleCloud) -> list[str]:
+    """Of each job, in order."""
+    pools = [job.asked["jobSpec"]["workerPoolSpecs"] for job in google.vertex.jobs.values()]
+    return [f"{pool['machineSpec']['machineType']} x {pool['replicaCount']}" for [pool] in pools]
+
+
+def test_images_are_answered_on_one_gpu(call: Call, google: FakeGoogleCloud, run_id: str) -> None:
+    before = {path for path in google.mount.rglob("*") if path.is_file()}
+    told = call("predict", run_id, "one.png", "--yes", "--json")
+    assert told.exit_code == 0, told.stderr
+    [answer] = json.loads(told.stdout)["answers"]
+    assert answer["after"]["prediction"] == "1 bytes"
+    assert "one execution on nvidia-h100-80gb: 12.00 USD an hour" in told.stderr
+    assert machines(google) == ["a3-highgpu-8g x 1", "a3-highgpu-1g x 1"]
+    assert {path for path in google.mount.rglob("*") if path.is_file()} == before, "nothing of the request is left"
+    assert json.loads(call("runs", run_id, "--json").stdout)["execution"] == next(iter(google.vertex.jobs))
+
+
+def test_another_card_may_be_taken(call: Call, google: FakeGoogleCloud, run_id: str) -> None:
+    told = call("predict", run_id, "one.png", "--yes", "--accelerator", "nvidia-h200-141gb")
+    assert told.exit_code == 0, told.stderr
+    assert "88.00 USD an hour, billed for 60 s at least; its smallest machine has 8 GPUs, of which one" in told.stderr
+    assert machines(google)[1] == "a3-ultragpu-8g x 1"
+    unknown = call("predict", run_id, "one.png", "--yes", "--accelerator", "h200")
+    assert (unknown.exit_code, '--accelerator: got "h200" for target vertex; write one of ' in unknown.stderr) == (
+        2,
+        True,
+    )
+    elsewhere = call("export", run_id, "--yes", "--accelerator", "nvidia-l4")
+    assert (elsewhere.exit_code, 'got "nvidia-l4" for target vertex' in elsewhere.stderr) == (2, True)
+    local = call("predict", run_id, "one.png", "--accelerator", "nvidia-l4", "--target", "local")
+    assert local.exit_code == 2
+
+
+def test_a_merged_model_comes_back(call: Call, google: FakeGoogleCloud, run_id: str, tmp_path: Path) -> None:
+    told = call("export", run_id, "--out", "merged", "--yes")
+    assert told.exit_code == 0, told.stderr
+    assert json.loads((tmp_path / "merged" / "EXPORTED.json").read_text())["run_id"] == run_id
+    assert machines(google)[1] == "a3-highgpu-1g x 1"
+
+
+def test_an_evaluation_is_a_job_of_one_gpu_for_each_share(call: Call, google: FakeGoogleCloud, run_id: str) -> None:
+    arguments = ("evaluate", run_id, "--shards", "3", "--test-size", "40", "--wait", "--yes", "--json")
+    failed = call(*arguments, plan={"1": {"exit": 1}})
+    assert failed.exit_code == 1
+    assert "task 1 ended with exit code 1" in failed.stderr
+    result = call(*arguments, plan={})
+    assert result.exit_code == 0, result.stderr
+    assert (json.loads(result.stdout)["shards"], json.loads(result.stdout)["count"]) == (3, 40)
+    assert machines(google)[1:] == ["a3-highgpu-1g x 1"] * 4, "three, and the one that failed"
+    said = call("logs", run_id).stdout.splitlines()
+    assert sorted({line for line in said if line.startswith("share")}) == [f"share {index} of 3" for index in range(3)]
+    dry = call("evaluate", run_id, "--shards", "2", "--dry-run", "--accelerator", "nvidia-h200-141gb", "--json")
+    assert json.loads(dry.stdout)["worst_usd"] == pytest.approx(2 * 2 * 70 * 88 / 3600)
+    assert "8 GPUs, of which one works" in dry.stderr
+
+
+def test_a_sweep_is_a_job_for_each_point(call: Call, google: FakeGoogleCloud) -> None:
+    grid = ("--grid", "lora.r=4,8", "--grid", "training.learning_rate=1e-4,1e-3")
+    fine = [{"steps": 10, "exit": 0}]
+    plan: Any = {"2": [{"steps": 2, "exit": 75}], "*": fine}
+    swept = call("sweep", "tiny.toml", *grid, "--id", "s1", "--yes", "--json", plan=plan)
+    assert swept.exit_code == 0, swept.stderr
+    assert "4 points, all at the same time as far as the quota allows" in swept.stderr
+    wait_until(lambda: json.loads(call("runs", "s1", "--json").stdout)["live"], lambda live: not live)
+    view = json.loads(call("runs", "s1", "--json").stdout)
+    assert [point["run"]["state"] for point in view["points"]] == ["succeeded"] * 2 + ["interrupted", "succeeded"]
+    resumed = call("resume", "s1", "--wait", "--json", plan={"*": fine})
+    assert resumed.exit_code == 0, resumed.stderr
+    view = json.loads(call("runs", "s1", "--json").stdout)
+    assert [point["run"]["state"] for point in view["points"]] == ["succeeded"] * 4
+    assert machines(google) == ["a3-highgpu-8g x 1"] * 5
+    assert "step 12 of s1-02" in call("logs", "s1", "--task", "2").stdout

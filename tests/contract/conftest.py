@@ -67,8 +67,8 @@ CLOUDS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Cloud]]] = 
 }
 ACCELERATORS = {"local": "nvidia-l4", "cloudrun": "nvidia-l4", "vertex": "nvidia-h100-80gb"}
 """One that each target has."""
-ONE_TASK = {"vertex"}
-"""Targets that refuse an execution of several tasks (see test_vertex_jobs)."""
+ALL_AT_ONCE = {"vertex"}
+"""Targets whose tasks go on at the same time. On the others here, one runs after the other."""
 
 
 @contextlib.contextmanager
@@ -120,8 +120,6 @@ def start(cloud: Cloud) -> Callable[..., Execution]:
         task_count: int = 1,
     ) -> Execution:
         launch_id = launch_id or secrets.token_hex(4)
-        if task_count > 1 and cloud.target in ONE_TASK:
-            pytest.skip(f"{cloud.target} runs one task an execution")
         accelerator = ACCELERATORS[cloud.target]
         return cloud.jobs.run(
             JobRequest(run_id, launch_id, args, timeout_s, max_attempts, accelerator, env or {}, task_count)

@@ -7,6 +7,7 @@ env:NAME         `NAME=value` on stdout
 write:PATH=TEXT  a file
 exit:CODE        ends here
 exit-at:N=CODE   ends here in attempt N
+exit-task:N=CODE ends here in task N
 sleep:SECONDS    in short naps, so that signals are served
 on-term:CODE     from here on SIGTERM prints "stopping" and ends with this code
 ignore-term:     from here on SIGTERM does nothing
@@ -37,10 +38,13 @@ def on_term(code: str) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def exit_at(value: str) -> None:
-    attempt, code = value.split("=")
-    if os.environ["CLOUD_RUN_TASK_ATTEMPT"] == attempt:
-        sys.exit(int(code))
+def exit_where(variable: str) -> Callable[[str], None]:
+    def end(value: str) -> None:
+        number, code = value.split("=")
+        if os.environ[variable] == number:
+            sys.exit(int(code))
+
+    return end
 
 
 def sleep(seconds: str) -> None:
@@ -66,7 +70,8 @@ VERBS: dict[str, Callable[[str], object]] = {
     "env": lambda name: print(f"{name}={os.environ.get(name, '')}", flush=True),
     "write": write,
     "exit": lambda code: sys.exit(int(code)),
-    "exit-at": exit_at,
+    "exit-at": exit_where("CLOUD_RUN_TASK_ATTEMPT"),
+    "exit-task": exit_where("CLOUD_RUN_TASK_INDEX"),
     "sleep": sleep,
     "on-term": on_term,
     "ignore-term": lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.conftest import ACCELERATORS
+from contract.conftest import ACCELERATORS, ALL_AT_ONCE
 from contract.waiting import wait, wait_until
 from g4kit.cloud.base import Cloud, Execution, ExecutionNotFoundError, ExecutionState, JobRequest, ObjectNameError, Task
 
@@ -47,7 +47,8 @@ def test_the_times_of_a_task_are_those_of_its_attempts(cloud: Cloud, start: Star
         assert task.finished_at is not None
         assert 0.4 <= (task.finished_at - task.started_at).total_seconds() < 10
         assert ended.created_at <= task.started_at
-    assert first.finished_at <= second.started_at  # type: ignore[operator] # here one task runs after the other
+    if cloud.target not in ALL_AT_ONCE:
+        assert first.finished_at <= second.started_at  # type: ignore[operator]
 
 
 def test_a_task_that_never_ran_has_no_times(cloud: Cloud, start: Start) -> None:
@@ -57,7 +58,8 @@ def test_a_task_that_never_ran_has_no_times(cloud: Cloud, start: Start) -> None:
     wait(cloud, started.name)
     first, second = cloud.jobs.get(started.name).tasks
     assert first.finished_at is not None
-    assert (second.started_at, second.finished_at) == (None, None)
+    if cloud.target not in ALL_AT_ONCE:
+        assert (second.started_at, second.finished_at) == (None, None)
 
 
 def test_run_returns_while_the_job_goes_on(cloud: Cloud, start: Start) -> None:
@@ -196,6 +198,27 @@ def test_several_tasks(cloud: Cloud, start: Start) -> None:
     assert ended.tasks == tuple(Task(index, ExecutionState.SUCCEEDED, 1, 0) for index in range(3))
     counts = [line for line in logged(cloud, ended) if line == "CLOUD_RUN_TASK_COUNT=3"]
     assert len(counts) == 6
+    assert {(line.task, line.attempt) for line in cloud.logs.read(started.name)} == {
+        (task, attempt) for task in range(3) for attempt in range(2)
+    }
+    assert [found.name for found in cloud.jobs.find(started.run_id)] == [started.name]
+
+
+def test_a_task_that_fails_stops_no_other(cloud: Cloud, start: Start) -> None:
+    started = start("exit-task:1=3", "print:done", task_count=3)
+    ended = wait(cloud, started.name)
+    assert ended.state is ExecutionState.FAILED
+    assert [task.exit_code for task in ended.tasks] == [0, 3, 0]
+    assert ended.exit_code == 3
+    assert ended.message.startswith("task 1 ended with exit code 3")
+
+
+def test_cancelling_ends_every_task(cloud: Cloud, start: Start) -> None:
+    started = start("on-term:75", "print:up", "sleep:60", task_count=2)
+    wait_until(lambda: logged(cloud, started), bool)
+    cloud.jobs.cancel(started.name)
+    ended = wait(cloud, started.name)
+    assert (ended.state, ended.exit_code) == (ExecutionState.CANCELLED, 75)
 
 
 @pytest.mark.parametrize("name", ["no-such", "../../x", "a/b"])

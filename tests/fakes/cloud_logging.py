@@ -12,7 +12,7 @@ from fakes.vertex import FakeVertex
 from g4kit.cloud.base import LogLine, now
 
 EXECUTION = re.compile(r'labels\."run\.googleapis\.com/execution_name" ?= ?"([^"]+)"')
-VERTEX_JOB = re.compile(r'resource\.type="ml_job" AND resource\.labels\.job_id="(\d+)"')
+VERTEX_JOBS = re.compile(r'resource\.type="ml_job" AND resource\.labels\.job_id=\(("\d+"(?: OR "\d+")*)\)')
 SINCE = re.compile(r'timestamp ?>= ?"([^"]+)"')
 ENDED = re.compile(r"g4kit: attempt \d+ ended with exit code (\d+)")
 SYSTEM = "run.googleapis.com%2Fvarlog%2Fsystem"
@@ -34,12 +34,15 @@ class FakeLogging:
             return None
         asked = request.json()
         since = SINCE.search(asked["filter"])
-        found, of_vertex = EXECUTION.search(asked["filter"]), VERTEX_JOB.search(asked["filter"])
+        found, of_vertex = EXECUTION.search(asked["filter"]), VERTEX_JOBS.search(asked["filter"])
         known = found or of_vertex
         if asked["resourceNames"] != [f"projects/{self._project}"] or asked["orderBy"] != "timestamp asc" or not known:
             return error(400, f"this fake cannot answer {asked}")
         if of_vertex:
-            entries = self._vertex_entries(of_vertex[1])
+            ids = of_vertex[1].replace('"', "").split(" OR ")
+            entries = sorted(
+                (one for job in ids for one in self._vertex_entries(job)), key=lambda one: one["timestamp"]
+            )
         else:
             started = self._run.started(known[1])
             entries = self._entries(started) if started else []

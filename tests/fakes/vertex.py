@@ -80,6 +80,8 @@ class FakeVertex:
         self.off = False
         self.exhausted = ""
         """A quota that creating a job exceeds."""
+        self.room = 0
+        """Jobs that fit it."""
         self.jobs: dict[str, Job] = {}
         self._mount, self._project, self._region = mount, project, region
         self._command, self._grace_s = command, grace_s
@@ -122,7 +124,7 @@ class FakeVertex:
     def _create(self, request: Request) -> Answer:
         if "aiplatform.customJobs.create" in self.denied:
             return error(403, f"Permission 'aiplatform.customJobs.create' denied on resource '{self._project}'.")
-        if self.exhausted:
+        if self.exhausted and len(self.jobs) >= self.room:
             return error(429, f"The following quota metrics exceed quota limits: {self.exhausted}")
         asked = request.json()
         wrong = _wrong(asked)

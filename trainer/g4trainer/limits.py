@@ -141,6 +141,12 @@ def machine_type(accelerator: str, gpus: int) -> MachineType | None:
     return next(fitting, None)
 
 
+def smallest_machine(accelerator: str) -> MachineType | None:
+    """The machine of Vertex AI with the fewest of these GPUs; None where none has it."""
+    having = (one for one in MACHINE_TYPES.values() if one.accelerator == accelerator)
+    return min(having, key=lambda one: one.gpus, default=None)
+
+
 def _out_of_range(where: str, got: int, low: int, high: int, unit: str, example: int, source: str) -> list[str]:
     if low <= got <= high:
         return []

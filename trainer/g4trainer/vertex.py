@@ -225,8 +225,8 @@ class Attempts:
             **({} if self.host.leads else {TIMEOUT: str(self.timeout_s)}),
             "CLOUD_RUN_JOB": "vertex",
             "CLOUD_RUN_EXECUTION": execution,
-            "CLOUD_RUN_TASK_INDEX": "0",
-            "CLOUD_RUN_TASK_COUNT": "1",
+            "CLOUD_RUN_TASK_INDEX": inherited.get("CLOUD_RUN_TASK_INDEX", "0"),
+            "CLOUD_RUN_TASK_COUNT": inherited.get("CLOUD_RUN_TASK_COUNT", "1"),
             "CLOUD_RUN_TASK_ATTEMPT": str(number),
             **torchrun_variables(self.host, execution),
         }

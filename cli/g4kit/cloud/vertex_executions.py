@@ -1,11 +1,15 @@
 """Custom jobs of Vertex AI: what is asked for, and what they are in the Cloud protocol's words. No call is made here.
 
+Vertex AI knows no task arrays: an execution of several tasks is as many custom jobs, which share the launch id.
+
 Reference: https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.customJobs
 """
 
+import dataclasses
 import datetime
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from g4kit.cloud.base import Execution, ExecutionState, JobRequest, Task
@@ -13,7 +17,13 @@ from g4kit.deployment import Deployment
 from g4trainer.limits import ACCELERATORS, VERTEX_TIMEOUT_MAX_S, machine_type
 
 RUN_LABEL, LAUNCH_LABEL = "g4kit_run", "g4kit_launch"
+"""Labels hold no slash, and 63 characters at most: jobs are listed by them, and the environment says the whole ids."""
 RUN_ID, LAUNCH_ID = "G4KIT_RUN_ID", "G4KIT_LAUNCH_ID"
+TASK_INDEX, TASK_COUNT = "CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"
+LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
+MAX_DISPLAY_NAME = 128
+ARRAY = re.compile(r"tasks-(?P<launch_label>[a-z0-9_-]+)")
+"""Name of an execution of several jobs; one of a single job has the job's own number."""
 ATTEMPTS_FILE = "G4KIT_ATTEMPTS_FILE"
 """Where g4trainer.vertex notes its attempts, as the job sees it."""
 COMMAND = ("python", "-m", "g4trainer.vertex")
@@ -37,18 +47,22 @@ WAITING: Mapping[str, str] = {
 EXITED = re.compile(r"exited with a non-zero status of (\d+)")
 
 
-def custom_job(request: JobRequest, deployment: Deployment, image: str) -> dict[str, Any]:
-    """The CustomJob of a request that `request_problems` finds nothing wrong with, as the REST API takes it."""
+def custom_job(request: JobRequest, deployment: Deployment, image: str, index: int = 0) -> dict[str, Any]:
+    """The CustomJob of one task of a request that `request_problems` finds nothing wrong with, as the REST API takes
+    it."""
     vertex = deployment.vertex
     machine = machine_type(request.accelerator, request.gpus // request.hosts)
     if vertex is None or machine is None:
         raise ValueError("\n".join(request_problems(request, deployment)))
+    many = request.task_count > 1
+    own_id = f"{request.launch_id}-{index}" if many else request.launch_id
     environment = {
         "G4KIT_ROOT": vertex.mount_path,
         RUN_ID: request.run_id,
         LAUNCH_ID: request.launch_id,
         "G4KIT_ATTEMPT_TIMEOUT_S": str(request.timeout_s),
-        ATTEMPTS_FILE: f"{vertex.mount_path}/{request.launches}/{request.launch_id}.attempts.json",
+        ATTEMPTS_FILE: f"{vertex.mount_path}/{request.launches}/{own_id}.attempts.json",
+        **({TASK_INDEX: str(index), TASK_COUNT: str(request.task_count)} if many else {}),
         **request.env,
     }
     pool = {
@@ -68,8 +82,8 @@ def custom_job(request: JobRequest, deployment: Deployment, image: str) -> dict[
     if request.hosts > 1:
         pools.append(pool | {"replicaCount": str(request.hosts - 1)})
     return {
-        "displayName": f"{deployment.prefix}-{request.run_id}",
-        "labels": deployment.labels | {RUN_LABEL: request.run_id, LAUNCH_LABEL: request.launch_id},
+        "displayName": f"{deployment.prefix}-{request.run_id}{f'-{index}' if many else ''}"[:MAX_DISPLAY_NAME],
+        "labels": deployment.labels | {RUN_LABEL: label(request.run_id), LAUNCH_LABEL: label(request.launch_id)},
         "jobSpec": {
             "workerPoolSpecs": pools,
             "scheduling": _scheduling(request),
@@ -86,11 +100,6 @@ def request_problems(request: JobRequest, deployment: Deployment) -> list[str]:
             "target: got vertex, and the deployment was made without it; write enable_vertex = true in "
             "terraform.tfvars, apply, and write deployment.json again."
         )
-    if request.task_count != 1:
-        problems.append(
-            f"tasks: got {request.task_count}, and a job of Vertex AI is one; launch each run by itself, or write "
-            "--target cloudrun."
-        )
     gpu = ACCELERATORS.get(request.accelerator)
     if gpu is None or not gpu.machine_types:
         names = ", ".join(name for name, one in ACCELERATORS.items() if one.machine_types)
@@ -104,6 +113,14 @@ def request_problems(request: JobRequest, deployment: Deployment) -> list[str]:
     return problems
 
 
+def label(some_id: str) -> str:
+    """An id as a label's value: itself where it can be one, else its beginning and a digest of all of it."""
+    if LABEL_VALUE.fullmatch(some_id):
+        return some_id
+    begin = re.sub(r"[^a-z0-9_-]+", "-", some_id.lower())[:46]
+    return f"{begin}-{hashlib.sha256(some_id.encode()).hexdigest()[:16]}"
+
+
 def attempts_name(job: Any, mount_path: str) -> str | None:
     """The object in which a job's attempts are noted; None for a job that notes none in this bucket."""
     path = environment(job).get(ATTEMPTS_FILE, "")
@@ -115,14 +132,85 @@ def environment(job: Any) -> dict[str, str]:
     return {item.name: item.value for item in job.job_spec.worker_pool_specs[0].container_spec.env}
 
 
+def task_of(job: Any) -> tuple[int, int]:
+    """Which task of how many a job is."""
+    found = environment(job)
+    return int(found.get(TASK_INDEX, 0)), int(found.get(TASK_COUNT, 1))
+
+
+def short_name(job: Any) -> str:
+    """The job's number."""
+    return str(job.name).rpartition("/")[2]
+
+
+def executions(jobs: Iterable[Any], describe_one: Callable[[Any], Execution]) -> list[Execution]:
+    """One of each launch, oldest first: of a launch of several tasks its jobs together.
+
+    describe_one: reads what a job needs besides.
+    """
+    found: list[Execution] = []
+    parts: dict[str, list[tuple[Any, Execution]]] = {}
+    for job in jobs:
+        one = describe_one(job)
+        if task_of(job)[1] > 1:
+            parts.setdefault(one.launch_id, []).append((job, one))
+        else:
+            found.append(one)
+    found += [together(of_launch) for of_launch in parts.values()]
+    return sorted(found, key=lambda execution: (execution.created_at, execution.name))
+
+
+def together(parts: Sequence[tuple[Any, Execution]]) -> Execution:
+    """The execution of several tasks from their jobs; those whose start failed are missing."""
+    count = task_of(parts[0][0])[1]
+    jobs: dict[int, Execution] = {}
+    for job, one in sorted(parts, key=lambda part: part[1].created_at):
+        jobs.setdefault(task_of(job)[0], one)
+    states = {one.state for one in jobs.values()}
+    ended = not states & {ExecutionState.PENDING, ExecutionState.RUNNING}
+    if not ended:
+        state = ExecutionState.PENDING if states == {ExecutionState.PENDING} else ExecutionState.RUNNING
+    else:
+        worst = (ExecutionState.CANCELLED, ExecutionState.FAILED)
+        missing = ExecutionState.FAILED if len(jobs) < count else ExecutionState.SUCCEEDED
+        state = next((one for one in worst if one in states), missing)
+    begun = [one.started_at for one in jobs.values() if one.started_at]
+    finished = [one.finished_at for one in jobs.values() if one.finished_at]
+    some = parts[0][1]
+    return Execution(
+        name=f"tasks-{label(some.launch_id)}",
+        run_id=some.run_id,
+        launch_id=some.launch_id,
+        state=state,
+        created_at=min(one.created_at for one in jobs.values()),
+        started_at=min(begun, default=None),
+        finished_at=max(finished, default=None) if ended else None,
+        tasks=tuple(
+            dataclasses.replace(one.tasks[0], index=index) if one.tasks else Task(index, one.state, 0, None)
+            for index, one in sorted(jobs.items())
+        ),
+        message=_message_of_many(jobs, count, state),
+    )
+
+
+def _message_of_many(jobs: Mapping[int, Execution], count: int, state: ExecutionState) -> str:
+    if state is ExecutionState.PENDING:
+        return next((one.message for one in jobs.values() if one.message), "")
+    if state is not ExecutionState.FAILED:
+        return ""
+    failed = next((index for index, one in sorted(jobs.items()) if one.state is ExecutionState.FAILED), None)
+    return f"{len(jobs)} of {count} tasks were started" if failed is None else f"task {failed} {jobs[failed].message}"
+
+
 def describe(job: Any, attempts: Sequence[Mapping[str, Any]]) -> Execution:
-    """attempts: as g4trainer.vertex noted them; empty where they were not read, or none has begun."""
+    """One job. attempts: as g4trainer.vertex noted them; empty where they were not read, or none has begun."""
     state = STATES.get(job.state.name, ExecutionState.RUNNING)
     ended = state not in (ExecutionState.PENDING, ExecutionState.RUNNING)
+    told = environment(job)
     return Execution(
-        name=job.name.rpartition("/")[2],
-        run_id=job.labels.get(RUN_LABEL, ""),
-        launch_id=job.labels.get(LAUNCH_LABEL, ""),
+        name=short_name(job),
+        run_id=told.get(RUN_ID, ""),
+        launch_id=told.get(LAUNCH_ID, ""),
         state=state,
         created_at=job.create_time,
         started_at=job.start_time or None,
@@ -139,7 +227,7 @@ def _task(job: Any, state: ExecutionState, attempts: Sequence[Mapping[str, Any]]
         attempt=max(0, len(attempts) - 1),
         exit_code=_exit_code(job, attempts, ended=ended),
         started_at=job.start_time or None,
-        finished_at=(job.end_time or None) if ended else None,
+        finished_at=(job.end_time or None) if ended and job.start_time else None,
     )
 
 

@@ -1,8 +1,9 @@
 """Custom jobs of Vertex AI, through google-cloud-aiplatform's generated client: the high-level one takes three times as
 long to load.
 
-Every job carries its run and its launch as labels, by which it is found (see google_starting). There is no dry run, so
-everything that can be asked without starting anything is asked before.
+Every job carries its run and its launch as labels, by which it is found (see google_starting). A launch of several
+tasks is a job for each, which go on at the same time as far as the quota allows. There is no dry run, so everything
+that can be asked without starting anything is asked before.
 """
 
 import json
@@ -16,18 +17,33 @@ from google.auth.transport.requests import AuthorizedSession
 from google.cloud import aiplatform_v1
 from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceRestTransport
 
-from g4kit.cloud.base import Bucket, Execution, ExecutionNotFoundError, JobRequest, ObjectNotFoundError, Tools
+from g4kit.cloud.base import (
+    Bucket,
+    Execution,
+    ExecutionNotFoundError,
+    JobRequest,
+    JobStartError,
+    ObjectNotFoundError,
+    Tools,
+)
 from g4kit.cloud.google_client import Access
 from g4kit.cloud.google_starting import Starter
 from g4kit.cloud.vertex_executions import (
+    ARRAY,
     LAUNCH_LABEL,
     RUN_LABEL,
     attempts_name,
     custom_job,
     describe,
+    executions,
+    label,
     request_problems,
+    short_name,
+    task_of,
+    together,
 )
 from g4kit.errors import UserError
+from g4kit.transfer import in_parallel
 
 JOB_NAME = re.compile(r"\d+")
 PERMISSIONS = tuple(f"aiplatform.customJobs.{verb}" for verb in ("create", "get", "list", "cancel"))
@@ -96,45 +112,78 @@ class VertexJobs:
         return None
 
     def run(self, request: JobRequest) -> Execution:
-        return self._starter.run(
-            request,
-            where=f"{self._deployment.location}/customJobs",
-            find=lambda _: self._launched(request.launch_id),
-            start=lambda: self._start(request),
-        )
+        try:
+            return self._starter.run(
+                request,
+                where=f"{self._deployment.location}/customJobs",
+                find=lambda _: self._launched(request),
+                start=lambda: self._start(request),
+            )
+        except UserError as error:
+            begun = len(self._jobs_of_launch(request.launch_id)) if request.task_count > 1 else 0
+            if not begun:
+                raise
+            raise JobStartError(
+                f"{error}\n{begun} of {request.task_count} tasks were started and go on; the same command starts the "
+                "others, `g4kit cancel` ends all."
+            ) from error
 
     def get(self, name: str) -> Execution:
-        return self._describe(self._read(name))
+        jobs = self._read_all(name)
+        parts = [(job, self._describe(job)) for job in jobs]
+        return together(parts) if ARRAY.fullmatch(name) else parts[0][1]
 
     def find(self, run_id: str | None = None) -> list[Execution]:
         """Of all runs, without what would have to be read for each one: the attempts."""
-        jobs = list(self._list(f'labels.{RUN_LABEL}="{run_id}"' if run_id else f"labels.{LAUNCH_LABEL}:*"))
         if run_id is None:
-            executions = [describe(job, ()) for job in jobs]
-        else:
-            with ThreadPoolExecutor(READERS) as pool:
-                executions = list(pool.map(self._describe, jobs))
-        return sorted(executions, key=lambda execution: (execution.created_at, execution.name))
+            return executions(self._list(f"labels.{LAUNCH_LABEL}:*"), lambda job: describe(job, ()))
+        jobs = list(self._list(f'labels.{RUN_LABEL}="{label(run_id)}"'))
+        with ThreadPoolExecutor(READERS) as pool:
+            described = dict(zip(map(short_name, jobs), pool.map(self._describe, jobs), strict=True))
+        return executions(jobs, lambda job: described[short_name(job)])
 
     def cancel(self, name: str) -> None:
-        job = self._read(name)
-        if describe(job, ()).active:
-            with self._access.errors(name):
-                self._client.cancel_custom_job(name=job.name, **self._again)
+        for job in self._read_all(name):
+            if describe(job, ()).active:
+                with self._access.errors(name):
+                    self._client.cancel_custom_job(name=job.name, **self._again)
+
+    def jobs_of(self, name: str) -> dict[str, int]:
+        """The numbers of an execution's jobs, and the task that each is. Raises ExecutionNotFoundError."""
+        return {short_name(job): task_of(job)[0] for job in self._read_all(name)}
 
     def attempts(self, name: str) -> list[dict[str, Any]]:
-        """What the job noted of its attempts. Raises ExecutionNotFoundError."""
+        """What a job noted of its attempts. Raises ExecutionNotFoundError."""
         return self._attempts(self._read(name))
 
     def _start(self, request: JobRequest) -> Execution:
-        wanted = aiplatform_v1.CustomJob.from_json(json.dumps(custom_job(request, self._deployment, self._image())))
-        job = self._client.create_custom_job(
-            parent=self._deployment.location, custom_job=wanted, retry=None, timeout=self._access.patience.timeout_s
-        )
-        return describe(job, ())
+        """Of several tasks those that no earlier try has started."""
+        image, many = self._image(), request.task_count > 1
+        there = self._jobs_of_launch(request.launch_id) if many else []
+        started = {task_of(job)[0] for job in there}
 
-    def _launched(self, launch_id: str) -> Execution | None:
-        return next((self._describe(job) for job in self._list(f'labels.{LAUNCH_LABEL}="{launch_id}"')), None)
+        def create(index: int) -> Any:
+            asked = json.dumps(custom_job(request, self._deployment, image, index))
+            return self._client.create_custom_job(
+                parent=self._deployment.location,
+                custom_job=aiplatform_v1.CustomJob.from_json(asked),
+                retry=None,
+                timeout=self._access.patience.timeout_s,
+            )
+
+        jobs = [*there, *in_parallel(create, [one for one in range(request.task_count) if one not in started])]
+        parts = [(job, describe(job, ())) for job in jobs]
+        return together(parts) if many else parts[0][1]
+
+    def _launched(self, request: JobRequest) -> Execution | None:
+        """None as long as one of its tasks is missing."""
+        parts = [(job, self._describe(job)) for job in self._jobs_of_launch(request.launch_id)]
+        if len({task_of(job)[0] for job, _ in parts}) < request.task_count:
+            return None
+        return together(parts) if request.task_count > 1 else parts[0][1]
+
+    def _jobs_of_launch(self, launch_id: str) -> list[Any]:
+        return list(self._list(f'labels.{LAUNCH_LABEL}="{label(launch_id)}"'))
 
     def _list(self, filters: str) -> Iterable[Any]:
         """Newest first, as Vertex AI lists them."""
@@ -142,6 +191,16 @@ class VertexJobs:
         with self._access.errors(f"{parent}/customJobs"):
             asked = aiplatform_v1.ListCustomJobsRequest(parent=parent, filter=filters, page_size=PAGE)
             yield from self._client.list_custom_jobs(asked, **self._again)
+
+    def _read_all(self, name: str) -> list[Any]:
+        """The jobs of an execution. Raises ExecutionNotFoundError."""
+        array = ARRAY.fullmatch(name)
+        if array is None:
+            return [self._read(name)]
+        found = list(self._list(f'labels.{LAUNCH_LABEL}="{array["launch_label"]}"'))
+        if not found:
+            raise ExecutionNotFoundError(name)
+        return found
 
     def _read(self, name: str) -> Any:
         """Raises ExecutionNotFoundError."""

@@ -17,21 +17,37 @@ REPLICA = re.compile(r"workerpool(?P<pool>\d)-(?P<index>\d+)")
 
 
 class VertexLogs(GoogleLogs):
-    """A line's task is its host: the chief is 0. Entries know no attempts, so those are told by their times."""
+    """Of a job alone a line's task is its host, the chief's is 0; of several tasks it is the task, of whatever host.
+    Entries know no attempts, so those are told by their times."""
 
     def __init__(self, access: Access, jobs: VertexJobs) -> None:
         super().__init__(access, jobs)
         self._vertex_jobs = jobs
+        self._known: dict[str, dict[str, int]] = {}
 
     def _filters(self, execution: str) -> Sequence[str]:
-        return ('resource.type="ml_job"', f'resource.labels.job_id="{execution}"')
+        jobs = self._jobs_of(execution)
+        ids = " OR ".join(f'"{job}"' for job in jobs)
+        return ('resource.type="ml_job"', f"resource.labels.job_id=({ids})")
 
     def _lines(self, execution: str, entries: Sequence[Any]) -> list[LogLine]:
-        attempts = self._vertex_jobs.attempts(execution) if entries else []
+        jobs = self._jobs_of(execution) if entries else {}
+        attempts = {job: self._vertex_jobs.attempts(job) for job in {_job(entry) for entry in entries}}
         return [
-            LogLine(entry.timestamp, _text(entry), _host(entry), attempt_at(attempts, entry.timestamp))
+            LogLine(
+                entry.timestamp,
+                _text(entry),
+                jobs[_job(entry)] if len(jobs) > 1 else _host(entry),
+                attempt_at(attempts[_job(entry)], entry.timestamp),
+            )
             for entry in entries
         ]
+
+    def _jobs_of(self, execution: str) -> dict[str, int]:
+        """They stay the same for as long as the execution lives: asked for once."""
+        if execution not in self._known:
+            self._known[execution] = self._vertex_jobs.jobs_of(execution)
+        return self._known[execution]
 
 
 def _text(entry: Any) -> str:
@@ -47,4 +63,12 @@ def _host(entry: Any) -> int:
 
 
 def _task_name(entry: Any) -> str:
-    return str((entry.resource.labels if entry.resource else {}).get("task_name", ""))
+    return _resource_label(entry, "task_name")
+
+
+def _job(entry: Any) -> str:
+    return _resource_label(entry, "job_id")
+
+
+def _resource_label(entry: Any, name: str) -> str:
+    return str((entry.resource.labels if entry.resource else {}).get(name, ""))

@@ -2,7 +2,7 @@ from typing import Any
 
 import click
 
-from g4kit.options import json_option, run_id_argument, target_option
+from g4kit.options import accelerator_option, json_option, run_id_argument, target_option
 from g4kit.output import duration, print_data, print_json, say
 from g4kit.targets import open_cloud
 
@@ -17,6 +17,7 @@ MAX_SHARDS = 100
 @click.option("--dry-run", is_flag=True, help="Check everything, print time and price, start nothing.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
 @click.option("--max-cost", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="Cap on one execution.")
+@accelerator_option
 @target_option
 @json_option
 def command(
@@ -27,11 +28,12 @@ def command(
     dry_run: bool,
     yes: bool,
     max_cost: float | None,
+    accelerator: str | None,
     target: str | None,
     as_json: bool,
 ) -> None:
     """Evaluate a finished run again, on more samples or over many tasks: one execution, each task a share of the test
-    samples, put together and scored as the run's own evaluation is.
+    samples on one GPU, put together and scored as the run's own evaluation is.
 
     Asked again, it goes on with what is left, or prints the metrics that are there.
 
@@ -45,14 +47,15 @@ def command(
     if test_size and test_size != "all" and not (test_size.isdecimal() and int(test_size)):
         raise click.UsageError(f'--test-size: got {test_size}; write a number of samples, or "all".')
     cloud = open_cloud(target)
-    plan = plan_evaluation(cloud, run_id, shards, test_size, max_cost)
+    plan = plan_evaluation(cloud, run_id, shards, test_size, max_cost, accelerator)
     result = read_evaluation(cloud, plan)
     if result:
         say(f"run {run_id}: was evaluated like this before")
         _print(result, as_json)
         return
     time = "" if plan.task_seconds is None else f", about {duration(plan.task_seconds)} each"
-    say(f"{plan.test_size} test samples over {shards} {'task' if shards == 1 else 'tasks'}{time}{_price(plan)}")
+    tasks = "1 task" if shards == 1 else f"{shards} tasks"
+    say(f"{plan.test_size} test samples over {tasks}{time}{_price(plan)}{plan.where.note}")
     if dry_run:
         say("dry run: everything needed is there; nothing was started")
         if as_json:

@@ -4,7 +4,7 @@ from typing import Any
 import click
 
 from g4kit.cloud.base import Cloud
-from g4kit.options import json_option, run_id_argument, target_option
+from g4kit.options import accelerator_option, json_option, run_id_argument, target_option
 from g4kit.output import print_data, print_json, say, size
 from g4kit.targets import open_cloud
 
@@ -29,6 +29,7 @@ from g4kit.targets import open_cloud
 )
 @click.option("--no-compare", is_flag=True, help="Do not load the merged model and compare it.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@accelerator_option
 @target_option
 @json_option
 def command(
@@ -38,6 +39,7 @@ def command(
     onto: str,
     no_compare: bool,
     yes: bool,
+    accelerator: str | None,
     target: str | None,
     as_json: bool,
 ) -> None:
@@ -53,17 +55,19 @@ def command(
       g4kit export digits-tiny-20260101-120000-0a1b --format adapter --out adapter
     """
     from g4kit.exporting import Options, export_adapter, export_here, require_adapter
+    from g4kit.one_gpu import on_one_gpu
 
     cloud = open_cloud(target)
     frozen = require_adapter(cloud, run_id)
     folder = out or Path(f"{run_id}-{kind}")
     options = Options(onto, not no_compare)
+    where = on_one_gpu(frozen.recipe, cloud.target, accelerator)
     if kind == "adapter":
         document = export_adapter(cloud, frozen, folder, say)
     elif cloud.target == "local":
         document = export_here(cloud, run_id, folder, options)
     else:
-        document = _on_the_cloud(cloud, frozen, folder, options, yes=yes)
+        document = _on_the_cloud(cloud, frozen, where, folder, options, yes=yes)
     total = sum(entry["size"] for entry in document["files"].values())
     say(f"exported: {len(document['files'])} files, {size(total)}; how to serve it: {folder / 'README.md'}")
     if as_json:
@@ -72,7 +76,7 @@ def command(
         print_data(str(folder))
 
 
-def _on_the_cloud(cloud: Cloud, frozen: Any, folder: Path, options: Any, *, yes: bool) -> dict[str, Any]:
+def _on_the_cloud(cloud: Cloud, frozen: Any, where: Any, folder: Path, options: Any, *, yes: bool) -> dict[str, Any]:
     from g4kit.exporting import fetch_export, running_export, start_there, wait_there
     from g4kit.fetching import read_exported
     from g4kit.paying import confirm_execution
@@ -82,8 +86,8 @@ def _on_the_cloud(cloud: Cloud, frozen: Any, folder: Path, options: Any, *, yes:
     if read_exported(cloud.bucket, run_id, options.onto) is None:
         execution = running_export(cloud, run_id, options)
         if execution is None:
-            confirm_execution(cloud, frozen.recipe, yes=yes)
-            execution = start_there(cloud, frozen, options)
+            confirm_execution(cloud, where, yes=yes)
+            execution = start_there(cloud, frozen, where, options)
         try:
             wait_there(cloud, run_id, options, execution, say)
         except KeyboardInterrupt:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from g4kit.options import run_id_argument, target_option
+from g4kit.options import accelerator_option, run_id_argument, target_option
 from g4kit.output import print_data, print_json, say
 from g4kit.targets import open_cloud
 
@@ -24,6 +24,7 @@ IMAGE_WIDTH, BEFORE_WIDTH = 48, 28
 @click.option("--both", "which", flag_value="both", help="Ask the base model and the adapter.")
 @click.option("--prompt", help="The question, for a run that was trained on chats. Others have their recipe's.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@accelerator_option
 @target_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, at the end.")
 def command(
@@ -32,27 +33,29 @@ def command(
     which: str | None,
     prompt: str | None,
     yes: bool,
+    accelerator: str | None,
     target: str | None,
     as_json: bool,
 ) -> None:
     """Try a finished run's adapter on images of your own: files, or folders of them.
 
     Prompt, processor and decoding are those of the run's evaluation, so an image of the test set gets the same answer.
-    On the local target this machine answers; on a cloud target one execution does, on the run's accelerator.
+    On the local target this machine answers; on a cloud target one execution does, on one GPU of the run's kind.
 
     \b
     Examples:
       g4kit predict digits-tiny-20260101-120000-0a1b one.png two.png
       g4kit predict digits-tiny-20260101-120000-0a1b photos/ --both --json
     """
+    from g4kit.one_gpu import on_one_gpu
     from g4kit.paying import confirm_execution
     from g4kit.predicting import Request, find_images, predict, require_finished
 
     cloud = open_cloud(target)
     request = Request(run_id, find_images(images), which or "after", prompt)
-    recipe = require_finished(cloud, run_id)
-    confirm_execution(cloud, recipe, yes=yes)
-    answers = predict(cloud, recipe, request, say)
+    where = on_one_gpu(require_finished(cloud, run_id), cloud.target, accelerator)
+    confirm_execution(cloud, where, yes=yes)
+    answers = predict(cloud, where, request, say)
     if as_json:
         print_json({"run_id": run_id, "answers": list(answers)})
         return

@@ -63,7 +63,7 @@ def command(
         estimate=lambda one: estimate_for(cloud.bucket, one, target=cloud.target),
         drawn=None if count is None else {"count": count, "seed": seed},
     )
-    say(plan_text(plan, parallelism_of(cloud.target, plan.points[0].launch.recipe)))
+    say(plan_text(plan, parallelism_of(cloud.target, plan.points[0].launch.recipe, len(plan.points))))
     capped = priced_sweep(plan, max_cost)
     job = capped.points[0].launch.recipe.job
     if job != plan.points[0].launch.recipe.job:
