@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from g4trainer.recipe import FrozenRecipe
+from g4trainer.recipe import ALL_LINEAR, FrozenRecipe, Lora
 
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -143,7 +143,7 @@ def _training(frozen: FrozenRecipe, results: Mapping[str, Any]) -> str:
     rows = {
         "data": f"`{recipe.data.dataset}`" + (f" ({counts})" if counts else ""),
         "base weights while training": "NF4, double quantization" if recipe.model.quantization == "nf4" else "bf16",
-        "LoRA": f"r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, on {_targets(recipe.lora.target_modules)}",
+        "LoRA": f"r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, on {_targets(recipe.lora)}",
         "optimizer": (
             f"AdamW, learning rate {recipe.training.learning_rate:g} ({recipe.training.lr_scheduler_type}), "
             f"batch {recipe.training.effective_batch_size}, {recipe.training.num_train_epochs:g} epochs{steps}"
@@ -154,8 +154,11 @@ def _training(frozen: FrozenRecipe, results: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _targets(modules: str | list[str]) -> str:
-    return "every linear layer" if modules == "all-linear" else f"`{modules}`"
+def _targets(settings: Lora) -> str:
+    modules = "every linear layer" if settings.target_modules == ALL_LINEAR else f"`{settings.target_modules}`"
+    without = f" but `{settings.exclude_modules}`" if settings.exclude_modules else ""
+    besides = f", and on `{settings.target_parameters}`" if settings.target_parameters else ""
+    return modules + without + besides
 
 
 def _transformers(recipe: Any, base: str, prompt: str, *, merged: bool) -> str:
