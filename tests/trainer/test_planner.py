@@ -245,3 +245,16 @@ def test_a_shared_model_needs_its_part_and_what_is_gathered() -> None:
     assert shared.weights["weights, its share"] == -(-bytes_of // 4)
     embeddings = whole.vocabulary * whole.width * vram.BF16
     assert embeddings < shared.weights["weights, gathered"] < embeddings + 0.15 * bytes_of
+
+
+@pytest.mark.parametrize(
+    ("cores", "shared_gib", "workers"),
+    [(20, 16, 8), (4, 16, 2), (1, 16, 1), (8, 16, 6), (20, 1 / 16, 1), (20, 1 / 64, 0), (20, 0, 0)],
+)
+def test_workers_go_by_cores_and_by_the_memory_they_pass_batches_through(
+    cores: int, shared_gib: float, workers: int
+) -> None:
+    batch_bytes = 8 * 2520 * 768  # eight photos of 280 soft tokens
+    found = planner.loader_workers(cores, int(shared_gib * GIB), batch_bytes)
+    assert found == workers
+    assert (found * 2 + 1) * batch_bytes <= shared_gib * GIB or not found

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from g4trainer.exits import ExitCode
 from g4trainer.model import adapter_tensors
 from g4trainer.planner import Plan, Setting
 from g4trainer.ranks import ALONE
-from g4trainer.recipe import parse_recipe
+from g4trainer.recipe import load_frozen, parse_recipe
+from g4trainer.run_plan import RunPlan
 from g4trainer.rundir import RunDir, create_json, read_json
 from g4trainer.state import pack_random_states
 from g4trainer.trainer import RunTrainer
@@ -219,3 +222,19 @@ def test_where_memory_runs_out_passes_get_smaller_and_leave_nothing_behind(
     after = adapter_tensors(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert pack_random_states() == randomness
+
+
+def test_a_gpu_gets_the_workers_that_this_machine_has_room_for(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, recipe = RunDir(finished), load_frozen(finished / "recipe.json").recipe
+    plan = RunPlan(run, recipe, Mock(), Mock(), ranks=ALONE, device=torch.device("cuda"))
+    plan.current = Plan.from_json(read_json(run.plan))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(20)))
+    assert plan.training_arguments()["dataloader_num_workers"] == planner.MAX_LOADER_WORKERS
+    batch_bytes = 8 * 70 * 2**2 * 3 * 4**2  # patches of the embedded model, in its batches
+    free = Mock(free=3 * batch_bytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert plan.training_arguments()["dataloader_num_workers"] == 1
+    free.free -= 1
+    assert plan.training_arguments()["dataloader_num_workers"] == 0

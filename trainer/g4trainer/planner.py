@@ -16,7 +16,14 @@ MAX_CPU_MICRO_BATCH, CPU_EVALUATION_BATCH = 32, 64
 EVALUATIONS_A_RUN = 10
 LOG_LINES_A_RUN = 400
 DATALOADER_WORKERS = {"cuda": 4, "cpu": 0}
-"""Processes that decode images beside the GPU; on a CPU they would take the cores that train."""
+"""Processes that decode images beside the GPU, where the machine is not known; on a CPU they would take the cores that
+train."""
+MAX_LOADER_WORKERS = 8
+"""Of large photos (12 megapixels) they make 100 samples a second, a GPU takes 22 of the E4B (benchmarks/README.md)."""
+CORES_OF_THE_TRAINER = 2
+"""One launches kernels, one pins batches."""
+PREFETCHED = 2
+"""Batches that each worker makes ahead: torch's default."""
 MAX_MICRO_BATCH = 64
 """Larger ones save no time worth measuring."""
 EVALUATION_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -342,11 +349,26 @@ def _evaluation_batch(model: vram.Model, shape: vram.Shape, free_bytes: int) -> 
     return max(fitting, default=1)
 
 
+def loader_workers(cores: int, shared_bytes: int, batch_bytes: int) -> int:
+    """Processes that make batches for one GPU: what its cores allow, and the memory that batches are passed through.
+
+    cores: of the machine, for this GPU. shared_bytes: free in /dev/shm, where too large a batch kills a worker.
+    Returns 0 where not even one fits: the trainer then makes its batches itself.
+    """
+    wanted = max(1, min(MAX_LOADER_WORKERS, cores - CORES_OF_THE_TRAINER))
+    held = shared_bytes // max(1, batch_bytes)  # batches
+    return max(0, min(wanted, (held - 1) // PREFETCHED))
+
+
 def training_arguments(
-    recipe: Recipe, plan: Plan, *, device: Literal["cuda", "cpu"], output_dir: str
+    recipe: Recipe, plan: Plan, *, device: Literal["cuda", "cpu"], output_dir: str, workers: int | None = None
 ) -> dict[str, Any]:
-    """`training_args.json`: loads back with `transformers.TrainingArguments(**json)` on a machine with that device."""
+    """`training_args.json`: loads back with `transformers.TrainingArguments(**json)` on a machine with that device.
+
+    workers: processes that make batches; by default DATALOADER_WORKERS.
+    """
     training = recipe.training
+    workers = DATALOADER_WORKERS[device] if workers is None else workers
     every_n_layers = 2 if plan.activation_checkpointing == "half" else 1
     return {
         "output_dir": output_dir,
@@ -375,9 +397,9 @@ def training_arguments(
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_num_workers": DATALOADER_WORKERS[device],
+        "dataloader_num_workers": workers,
         "dataloader_pin_memory": device == "cuda",
-        "dataloader_persistent_workers": DATALOADER_WORKERS[device] > 0,
+        "dataloader_persistent_workers": workers > 0,
     }
 
 

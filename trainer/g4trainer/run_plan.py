@@ -4,6 +4,8 @@ How to choose is g4trainer.planner's, in pure functions; here is what the machin
 """
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +23,7 @@ from g4trainer.planner import (
     Plan,
     Setting,
     choose_plan,
+    loader_workers,
     model_for,
     settings_of,
     training_arguments,
@@ -31,6 +34,7 @@ from g4trainer.recipe import Recipe, lora_config
 from g4trainer.rundir import RunDir, read_json, to_json, write_json
 from g4trainer.staged import base_model_folder
 
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 where torch passes tensors between processes
 Trial = Callable[[Plan, Sequence[Setting]], Plan]
 
 log = logging.getLogger(__name__)
@@ -48,6 +52,8 @@ class RunPlan:
         """recipe: as it is for this number of processes."""
         self._run, self._recipe, self._publisher, self._status = run, recipe, publisher, status
         self._ranks, self._device = ranks, device
+        self._images = 1
+        """Of the sample with the most."""
 
     def choose(self, splits: Splits, *, text_tokens: int, trial: Trial | None) -> None:
         """Takes plan.json as an earlier attempt wrote it, else what fits this machine.
@@ -56,6 +62,7 @@ class RunPlan:
         trial: measures a plan and settings beside it before anything is written; None trusts the prediction.
         """
         ranks, path = self._ranks, self._run.plan
+        self._images = max(len(example.images) for example in splits.train)
         earlier = ranks.share(read_json(path) if ranks.leads and path.exists() else None)
         if earlier is not None:
             self.follow(Plan.from_json(earlier))
@@ -94,7 +101,9 @@ class RunPlan:
     def training_arguments(self, plan: Plan | None = None, *, output_dir: str = "output") -> dict[str, Any]:
         """For `transformers.TrainingArguments(**arguments)` on this machine. plan: by default the current one."""
         device: Literal["cuda", "cpu"] = "cuda" if self._device.type == "cuda" else "cpu"
-        return training_arguments(self._recipe, plan or self.current, device=device, output_dir=output_dir)
+        plan = plan or self.current
+        workers = self._loader_workers(plan) if device == "cuda" else None
+        return training_arguments(self._recipe, plan, device=device, output_dir=output_dir, workers=workers)
 
     def shrink(self, part: MemoryPart, error: Exception) -> None:
         """Goes on with a plan that needs less memory for that part. Raises OutOfMemory where there is none.
@@ -155,6 +164,15 @@ class RunPlan:
                 "evaluation_batch_size": CPU_EVALUATION_BATCH,
             }
         return what_fits(self._recipe, self._model_config, self._free_bytes(), text_tokens=text_tokens)
+
+    def _loader_workers(self, plan: Plan) -> int:
+        here = min(self._ranks.size, torch.cuda.device_count())
+        cores = len(os.sched_getaffinity(0)) // max(1, here)
+        shared = shutil.disk_usage(SHARED_MEMORY).free // max(1, here)
+        vision = self._model_config["vision_config"]
+        patches = self._recipe.model.max_soft_tokens * vision.get("pooling_kernel_size", 3) ** 2
+        sample_bytes = self._images * patches * 3 * vision.get("patch_size", 16) ** 2
+        return loader_workers(cores, shared, plan.per_device_train_batch_size * sample_bytes)
 
     def _free_bytes(self) -> int:
         """What a process may hold on its GPU, of all ranks the least."""
