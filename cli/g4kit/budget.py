@@ -10,8 +10,6 @@ from g4kit.errors import UserError
 from g4kit.pricing import MINIMUM_S, Prices
 from g4trainer.timing import CLOSING_S, Time
 
-ATTEMPTS_VARIABLE = "G4KIT_MAX_ATTEMPTS"
-"""Tells the trainer how many attempts of its execution may work: on Cloud Run the job has as many as it has."""
 GRACE_S = 10
 """Between SIGTERM at the timeout and SIGKILL an instance lives on, and is billed."""
 

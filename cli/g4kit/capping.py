@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from g4kit.billing import read_bill
 from g4kit.budget import (
-    ATTEMPTS_VARIABLE,
     BudgetError,
     Limits,
     attempt_at_worst_s,
@@ -19,6 +18,7 @@ from g4kit.estimating import Estimate
 from g4kit.estimating_inputs import deployed_job
 from g4kit.launches import Launch
 from g4kit.pricing import MINIMUM_S
+from g4trainer.deadline import ATTEMPTS_VARIABLE
 from g4trainer.planner import with_changes
 from g4trainer.recipe import FrozenRecipe, Recipe
 

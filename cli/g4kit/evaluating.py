@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from g4kit import following
-from g4kit.budget import ATTEMPTS_VARIABLE, Limits, attempt_at_worst_s
+from g4kit.budget import Limits, attempt_at_worst_s
 from g4kit.capping import limits_of_first, under_limits
 from g4kit.cloud.base import Cloud, Execution, JobRequest, ObjectNotFoundError
 from g4kit.errors import FAILED, UserError
@@ -24,6 +24,7 @@ from g4kit.one_gpu import OneGpu, on_one_gpu
 from g4kit.predicting import require_finished
 from g4kit.pricing import MINIMUM_S, Prices
 from g4kit.runs import evaluation_id, read_document, run_folder
+from g4trainer.deadline import ATTEMPTS_VARIABLE
 from g4trainer.planner import with_changes
 from g4trainer.recipe import Recipe
 

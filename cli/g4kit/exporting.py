@@ -15,17 +15,16 @@ from g4kit.cloud.base import Cloud, Execution, JobRequest, ObjectNotFoundError, 
 from g4kit.cloud.local import trainer_command, trainer_problems
 from g4kit.cloud.local_bucket import storage_errors
 from g4kit.errors import FAILED, USAGE, FailedError, UserError
-from g4kit.fetching import EXPORTED, EXPORTS, check_entries, copy_checked, read_exported
+from g4kit.fetching import EXPORTS, check_entries, copy_checked, read_exported
 from g4kit.one_gpu import OneGpu
 from g4kit.runs import read_document, require_run, run_folder
+from g4trainer.export_folder import EXPORTED, FolderTakenError, begin, finish
 from g4trainer.model_card import model_card
 from g4trainer.recipe import FrozenRecipe
-from g4trainer.rundir import file_entry, write_bytes, write_json
+from g4trainer.rundir import file_entry, write_bytes
 
 POLL_S = 2.0
 LOG_LINES = 12
-EXPORTING = "EXPORTING.json"
-"""In a folder that is not finished: whose it is."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 Say = Callable[[str], None]
@@ -58,7 +57,7 @@ def export_adapter(cloud: Cloud, frozen: FrozenRecipe, out: Path, say: Say) -> d
     """The adapter as PEFT loads it, with a model card; written last is EXPORTED.json, which is returned."""
     run_id = frozen.run_id
     folder = run_folder(run_id)
-    done = take(out, run_id, "adapter")
+    done = _begin(out, run_id, "adapter")
     if done is not None:
         say(f"{out}: exported already")
         return done
@@ -84,8 +83,7 @@ def export_adapter(cloud: Cloud, frozen: FrozenRecipe, out: Path, say: Say) -> d
     with storage_errors(out):
         write_bytes(out / "README.md", card.encode())
         document["files"] = {name: file_entry(out / name) for name in (*ADAPTER_FILES, "README.md")}
-        (out / EXPORTING).unlink()
-        write_json(out / EXPORTED, document)
+        finish(out, document)
     return document
 
 
@@ -147,7 +145,7 @@ def wait_there(cloud: Cloud, run_id: str, options: Options, execution: Execution
 def fetch_export(cloud: Cloud, run_id: str, options: Options, out: Path, say: Say) -> dict[str, Any]:
     """Copies the export from the bucket, every file checked by its SHA-256, EXPORTED.json last; returns that."""
     document = read_exported(cloud.bucket, run_id, options.onto) or {}
-    done = take(out, run_id, "merged")
+    done = _begin(out, run_id, "merged")
     if done == document:
         say(f"{out}: fetched already")
         return document
@@ -156,30 +154,20 @@ def fetch_export(cloud: Cloud, run_id: str, options: Options, out: Path, say: Sa
     check_entries(document["files"], f"run {run_id}: {EXPORTED}", "export it anew")
     copy_checked(cloud.bucket, f"{run_folder(run_id)}/{EXPORTS[options.onto]}", out, document["files"])
     with storage_errors(out):
-        (out / EXPORTING).unlink()
-        write_json(out / EXPORTED, document)
+        finish(out, document)
     return document
 
 
-def take(out: Path, run_id: str, kind: str) -> dict[str, Any] | None:
+def _begin(out: Path, run_id: str, kind: str) -> dict[str, Any] | None:
     """Makes the folder this export's own; EXPORTED.json where it holds one of this run and kind already.
 
     Raises ExportError for a folder that holds something else than an unfinished export of this run.
     """
-    mark = out / EXPORTING
-    with storage_errors(out):
-        if (out / EXPORTED).is_file():
-            done: dict[str, Any] = json.loads((out / EXPORTED).read_text())
-            if (done.get("run_id"), done.get("format")) == (run_id, kind):
-                return done
-            raise ExportError(f"--out: got {out}, which holds another export; write another folder.")
-        if out.exists() and not out.is_dir():
-            raise ExportError(f"--out: got {out}, which is a file; write a folder.")
-        there = next(out.iterdir(), None) if out.is_dir() else None
-        if there and not (mark.is_file() and json.loads(mark.read_text()).get("run_id") == run_id):
-            raise ExportError(f"--out: got {out}, which is not empty ({there.name}); write an empty or missing folder.")
-        write_json(mark, {"run_id": run_id, "time": now().isoformat(timespec="seconds")})
-    return None
+    try:
+        with storage_errors(out):
+            return begin(out, run_id, kind=kind)
+    except FolderTakenError as error:
+        raise ExportError(f"--out: got {out}, which {error}; write an empty or missing folder.") from error
 
 
 def _arguments(cloud: Cloud, run_id: str, out: str, options: Options) -> tuple[str, ...]:

@@ -16,12 +16,11 @@ from g4kit.following import describe
 from g4kit.output import say
 from g4kit.runs import DamagedError, read_document, read_run, run_folder
 from g4kit.transfer import in_parallel
+from g4trainer.export_folder import EXPORTED
 from g4trainer.rundir import file_entry
 
 EXPORTS = {"bf16": "export", "nf4": "export-nf4"}
 """Folders of a run's merged models, by the base weights they were merged into; copied only when they are asked for."""
-EXPORTED = "EXPORTED.json"
-"""Written last there."""
 ALWAYS = ("recipe.json", "results.json")
 """Copied with whatever is asked for: they say what the rest is."""
 

@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from g4kit import budget
 from g4trainer import deadline
-
-
-def test_the_command_line_and_the_trainer_mean_the_same_variable() -> None:
-    assert budget.ATTEMPTS_VARIABLE == deadline.ATTEMPTS_VARIABLE
 
 
 @pytest.mark.parametrize(

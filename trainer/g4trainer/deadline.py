@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from g4trainer.exits import ExitCode, Interrupted
 
 TIMEOUT_VARIABLE = "G4KIT_ATTEMPT_TIMEOUT_S"
+"""Wall-clock limit of this attempt, in seconds; launch sets it."""
 STARTED_VARIABLE = "G4KIT_ATTEMPT_STARTED"
 """`time.monotonic()` on this host at the attempt's start; set for processes that another one of it starts."""
 ATTEMPTS_VARIABLE = "G4KIT_MAX_ATTEMPTS"

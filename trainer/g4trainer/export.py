@@ -22,6 +22,7 @@ import torch
 from g4trainer.artifacts import read_adapter
 from g4trainer.checkpoint import write_hashed
 from g4trainer.exits import ExitCode, ModelError
+from g4trainer.export_folder import EXPORTED, EXPORTING, FolderTakenError, begin, finish
 from g4trainer.merging import (
     SHARD_BYTES,
     BaseWeights,
@@ -42,7 +43,6 @@ from g4trainer.rundir import RunDir, file_entry, read_json, to_json, write_bytes
 from g4trainer.staged import NF4_COPY, staged_folder
 from g4trainer.verifying import obstacle, verify
 
-EXPORTING, EXPORTED = "EXPORTING.json", "EXPORTED.json"
 CONFIG, INDEX, CARD = "config.json", "model.safetensors.index.json", "README.md"
 MADE_HERE = frozenset({CONFIG, INDEX, CARD, "STAGED.json", EXPORTING, EXPORTED, ".gitattributes"})
 
@@ -81,7 +81,7 @@ def export_merged(
         raise ModelError(f"{run.run_id}: has no adapter.", "wait for the end of its training, or resume the run.")
     folder = base_folder(run.root, frozen.recipe.model.id)
     original = check_architecture(folder)
-    done = _take(out, run.run_id, onto)
+    done = _begin(out, run.run_id, onto)
     if done is not None:
         log.info("%s: exported already", out)
         return done
@@ -113,8 +113,7 @@ def export_merged(
     write_bytes(out / CONFIG, to_json(config))
     made = sorted(path.name for path in out.iterdir() if path.name not in {EXPORTING, *merged.files})
     document["files"] = merged.files | {name: file_entry(out / name) for name in made}
-    write_json(out / EXPORTED, document)
-    (out / EXPORTING).unlink()
+    finish(out, document)
     return document
 
 
@@ -147,26 +146,17 @@ def _in_bf16(value: Any) -> Any:
     }
 
 
-def _take(out: Path, run_id: str, onto: Onto) -> dict[str, Any] | None:
-    """Makes the folder this export's own, empty; what is there, where it is the same and whole. Raises ModelError."""
-    if (out / EXPORTED).exists():
-        done = read_json(out / EXPORTED)
-        if (done["run_id"], done["format"], done.get("base", {}).get("weights")) == (run_id, "merged", onto):
-            (out / EXPORTING).unlink(missing_ok=True)  # of an export that was ended between the two
-            return dict(done)
-        raise ModelError(f"{out}: holds another export, of {done['run_id']}.", "name another folder, or remove this.")
-    if out.exists() and not out.is_dir():
-        raise ModelError(f"{out}: is a file.", "name a folder.")
-    there = list(out.iterdir()) if out.exists() else []
-    if there:
-        mark = out / EXPORTING
-        if not mark.exists() or read_json(mark)["run_id"] != run_id:
-            raise ModelError(f"{out}: is not empty.", "name a folder that is empty or missing.")
-        for path in there:
-            if path.is_file() and path != mark:
+def _begin(out: Path, run_id: str, onto: Onto) -> dict[str, Any] | None:
+    """Makes the folder this export's own, empty; EXPORTED.json where the same is there, whole. Raises ModelError."""
+    try:
+        done = begin(out, run_id, kind="merged", weights=onto)
+    except FolderTakenError as error:
+        raise ModelError(f"{out}: {error}.", "name a folder that is empty or missing.") from error
+    if done is None:
+        for path in out.iterdir():
+            if path.is_file() and path.name != EXPORTING:
                 path.unlink()
-    write_json(out / EXPORTING, {"run_id": run_id, "time": now()})
-    return None
+    return done
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from g4kit.cloud.google_client import Access
 from g4kit.cloud.google_executions import describe, environment, tasks_without_asking
 from g4kit.cloud.google_starting import Starter
 from g4kit.errors import UserError
+from g4trainer.deadline import TIMEOUT_VARIABLE
 
 RUN_ID, LAUNCH_ID = "G4KIT_RUN_ID", "G4KIT_LAUNCH_ID"
-TIMEOUT = "G4KIT_ATTEMPT_TIMEOUT_S"
 EXECUTION_NAME = re.compile(r"(?P<job>[a-z][a-z0-9-]*)-[a-z0-9]{5}")
 CLOCKS_DIFFER = datetime.timedelta(minutes=5)
 """At most: this machine's, which dates claims, and Google's, which dates executions."""
@@ -168,7 +168,7 @@ class GoogleJobs:
 
     def _start_request(self, request: JobRequest, *, validate_only: bool) -> Any:
         job = self._jobs_for(request)[0]
-        own = {RUN_ID: request.run_id, LAUNCH_ID: request.launch_id, TIMEOUT: str(request.timeout_s)}
+        own = {RUN_ID: request.run_id, LAUNCH_ID: request.launch_id, TIMEOUT_VARIABLE: str(request.timeout_s)}
         container = run_v2.RunJobRequest.Overrides.ContainerOverride(
             args=list(request.args),
             env=[run_v2.EnvVar(name=name, value=value) for name, value in (own | dict(request.env)).items()],

@@ -19,6 +19,7 @@ from g4kit.cloud.base import ExecutionState, now
 from g4kit.cloud.local_execution import ExecutionFolder
 from g4kit.locks import take_lock
 from g4trainer import rundir
+from g4trainer.deadline import TIMEOUT_VARIABLE
 
 JOB = "g4kit-local"
 POLL_S = 0.25
@@ -196,7 +197,7 @@ class Supervisor:
             "CLOUD_RUN_TASK_COUNT": str(self.request["task_count"]),
             "CLOUD_RUN_TASK_ATTEMPT": str(attempt),
             "G4KIT_ROOT": self.request["root"],
-            "G4KIT_ATTEMPT_TIMEOUT_S": str(self.request["timeout_s"]),
+            TIMEOUT_VARIABLE: str(self.request["timeout_s"]),
             "G4KIT_STATUS_INTERVAL_S": "1",
             "PYTHONUNBUFFERED": "1",
         }
