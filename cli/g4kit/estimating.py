@@ -12,7 +12,7 @@ from g4kit.cloud.base import Bucket, ObjectNotFoundError
 from g4kit.errors import FailedError, UserError
 from g4kit.machine import Hardware, of_accelerator
 from g4kit.staging import read_marker
-from g4trainer import gemma, planner, timing, vram
+from g4trainer import gemma, lora_targets, planner, timing, vram
 from g4trainer.limits import ACCELERATORS, job_warnings
 from g4trainer.recipe import Recipe
 from g4trainer.rows import count_rows
@@ -128,7 +128,15 @@ def estimate(
     samples: timing.Samples | None,
     price_problem: str = "",
 ) -> Estimate:
-    """Decides on the plan and predicts; reads nothing. prices: None where nothing is billed, or no price is known."""
+    """Decides on the plan and predicts; reads nothing. prices: None where nothing is billed, or no price is known.
+
+    Raises UserError where the recipe names parts of the model that it does not have.
+    """
+    facts = gemma.facts_of(config)
+    modules, weights = ({one.name for one in part} for part in (facts.linears, facts.expert_weights))
+    problems = lora_targets.problems(recipe.lora, modules=modules, expert_weights=weights)
+    if problems:
+        raise UserError("\n".join(problems))
     if hardware.accelerator and hardware.accelerator != recipe.job.accelerator:
         planned = planner.with_changes(recipe, [f'job.accelerator="{hardware.accelerator}"'])
     else:

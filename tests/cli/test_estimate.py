@@ -137,10 +137,29 @@ def test_a_model_that_cannot_be_read(bare: Bench, content: str | None, told: str
     assert told in result.stderr
 
 
+@pytest.mark.parametrize("verb", [("estimate",), ("launch", "--dry-run", "--yes")], ids=["estimate", "launch"])
+def test_parts_that_a_model_does_not_have_are_refused(g4kit: Bench, verb: tuple[str, ...]) -> None:
+    experts = 'lora.target_parameters=["experts.gate_up_proj","experts.down_proj"]'
+    routers = 'lora.exclude_modules=["router.proj"]'
+    result = g4kit(verb[0], g4kit.recipe, *verb[1:], "--set", experts, "--set", routers)
+    assert result.exit_code == 2
+    assert "this model has no experts (26B-A4B alone has); leave the line out." in result.stderr
+    assert 'lora.exclude_modules: got "router.proj", which names no linear module' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_published_sizes_are_known_without_staging(bare: Bench) -> None:
     for name in ("gemma-4-31B-it", "gemma-4-e4b-it-nf4", "gemma-4-26B-A4B"):
         recipe = load_recipe(PETS, [f"model.id={name}"])
         assert gemma.facts_of(estimating.read_config(bare.cloud.bucket, recipe)).linears
+
+
+def test_adapters_of_experts_are_part_of_the_estimate(bare: Bench) -> None:
+    asked = ("estimate", PETS, "--set", "model.id=gemma-4-26B-A4B-it", "--set", "lora.r=8", "--json")
+    experts = 'lora.target_parameters=["experts.gate_up_proj","experts.down_proj"]'
+    without, with_them = (json.loads(bare(*more).stdout) for more in (asked, (*asked, "--set", experts)))
+    added = with_them["memory"]["parts"]["LoRA"] - without["memory"]["parts"]["LoRA"]
+    assert added == 4 * 8 * 128 * 30 * (2816 + 1408 + 704 + 2816)
 
 
 def test_all_of_a_staged_data_set_is_known_from_what_staging_counted(g4kit: Bench) -> None:

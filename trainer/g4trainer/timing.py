@@ -194,7 +194,12 @@ def forward_operations(model: Model, shape: Shape) -> tuple[float, float, float]
             attention += 4 * length**2 * linear.outputs
     for linear in model.adapted:
         lora += 2 * model.recipe.lora.r * (linear.inputs + linear.outputs) * lengths.get(linear.group, shape.tokens)
-    base += 2 * model.facts.expert_parameters * model.expert_share * shape.tokens
+    passed = model.expert_share * shape.tokens  # tokens of each expert
+    base += 2 * model.facts.expert_parameters * passed
+    lora += (
+        sum(2 * model.recipe.lora.r * one.experts * (one.inputs + one.outputs) for one in model.adapted_experts)
+        * passed
+    )
     return base, lora, attention
 
 

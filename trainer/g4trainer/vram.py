@@ -115,6 +115,7 @@ class Model:
         nf4 = recipe.model.quantization == "nf4"
         self.quantized = [one for one in linears if nf4 and not one.name.endswith(UNQUANTIZED_LINEARS)]
         self.adapted = lora_targets.adapted_linears(self.facts, recipe.lora)
+        self.adapted_experts = lora_targets.adapted_experts(self.facts, recipe.lora)
         self.lora_parameters = lora_targets.lora_parameters(self.facts, recipe.lora)
         kept = self.facts.parameters - sum(one.parameters for one in self.quantized)
         if recipe.model.per_layer_embeddings == "host":
@@ -128,7 +129,7 @@ class Model:
         if shards > 1:
             self.weights = _sharded(self.weights, linears, number_bytes, shards)
         self.largest_matrix = max([*(one.parameters for one in linears), *(experts if nf4 else ())]) * BF16
-        self.layers = _layers(self.facts, config, recipe.lora.r, number_bytes)
+        self.layers = _layers(self.facts, config, recipe.lora.r, number_bytes, self.adapted_experts)
         text = config["text_config"]
         count = text.get("num_experts") or 0
         self.expert_share = text.get("top_k_experts", 0) / count if count else 0.0
@@ -255,7 +256,13 @@ def _input_of(layer: Layer, model: Model, shape: Shape) -> int:
     return BF16 * (shape.tokens * model.width if layer.kind == "text" else shape.patches * model.vision_width)
 
 
-def _layers(facts: gemma.ModelFacts, config: Mapping[str, Any], r: int, number_bytes: int) -> tuple[Layer, ...]:
+def _layers(
+    facts: gemma.ModelFacts,
+    config: Mapping[str, Any],
+    r: int,
+    number_bytes: int,
+    adapted_experts: Sequence[gemma.ExpertWeight],
+) -> tuple[Layer, ...]:
     """Every text and vision layer, in the order of the model, from the names and shapes of its linear modules."""
     by_layer: dict[str, dict[str, gemma.Linear]] = {}
     for linear in facts.linears:
@@ -263,10 +270,13 @@ def _layers(facts: gemma.ModelFacts, config: Mapping[str, Any], r: int, number_b
         if found:
             by_layer.setdefault(found[1], {})[found[2].rpartition(".")[2]] = linear
     text, vision = config["text_config"], config["vision_config"]
+    experts: dict[str, list[gemma.ExpertWeight]] = {}
+    for weight in adapted_experts:
+        experts.setdefault(weight.name.partition(".experts.")[0], []).append(weight)
     return tuple(
         _layer("vision", linears, vision, r, number_bytes)
         if "vision_tower" in name
-        else _layer("text", linears, text, r, number_bytes)
+        else _layer("text", linears, text, r, number_bytes, experts.get(name, ()))
         for name, linears in by_layer.items()
     )
 
@@ -277,6 +287,7 @@ def _layer(
     settings: Mapping[str, Any],
     r: int,
     number_bytes: int,
+    adapted_experts: Sequence[gemma.ExpertWeight] = (),
 ) -> Layer:
     """Counts what the backward pass needs: inputs of linear modules (for LoRA), and of norms and products.
 
@@ -293,6 +304,7 @@ def _layer(
     if "proj" in linears:  # the router: each token passes the experts it chose, whose output its weight multiplies
         chosen, inner = settings["top_k_experts"], settings["moe_intermediate_size"]
         elements += chosen * (2 * width + 3 * inner) + 2 * width
+        elements += chosen * sum(weight.inputs + r for weight in adapted_experts)  # what their two factors were given
     return Layer(
         kind=kind,
         kept=elements * number_bytes,
