@@ -1,5 +1,9 @@
 """When an attempt stops, decided without a clock of its own: the start is placed in the past."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -65,3 +69,38 @@ def test_the_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("G4KIT_ATTEMPT_STARTED")
     monkeypatch.delenv("G4KIT_ATTEMPT_TIMEOUT_S")
     assert Deadline.from_environment(time.monotonic()).left_s() == float("inf")
+
+
+LOADER = """
+import signal
+from torch.utils.data import DataLoader
+from g4trainer.deadline import Deadline
+
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+deadline = Deadline(None)
+deadline.listen()
+loader = DataLoader(range(40), num_workers=2, persistent_workers=True)
+for number in loader:
+    if number == 0:
+        print("loading", flush=True)
+        signal.sigtimedwait([signal.SIGUSR1], 60)
+print(deadline.reason(), flush=True)
+"""
+
+
+def test_workers_outlive_a_signal_to_the_group_and_end_with_the_trainer() -> None:
+    """At its exit, a process waits for its workers: one that SIGTERM does not end would keep it for ever."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADER], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "loading\n"
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(0.5)
+            os.kill(process.pid, signal.SIGUSR1)
+            printed, _ = process.communicate(timeout=30)
+        except BaseException:
+            process.kill()
+            raise
+    assert (printed, process.returncode) == ("SIGTERM was received\n", 0)

@@ -62,8 +62,8 @@ class Deadline:
         """From now on SIGTERM and a first SIGINT stop at the next step; a second SIGINT ends the process at once.
 
         A thread hears them, so that a second SIGINT works while the main thread is deep in a library. The processes
-        that load data get neither: a signal to the whole group must not take them away from a trainer that goes on
-        to its next step.
+        that load data leave the group: a signal to all of it must not take them away from a trainer that goes on to its
+        next step.
         """
         heard, told = os.pipe()
         os.set_blocking(told, False)
@@ -71,9 +71,7 @@ class Deadline:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
-        os.register_at_fork(
-            after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        )
+        os.register_at_fork(after_in_child=_be_no_trainer)
 
     def agree_by(self, agree: Callable[[str | None], str | None]) -> None:
         """From now on several processes stop together. agree: given this one's reason, returns that of all."""
@@ -133,6 +131,14 @@ class Deadline:
                     os._exit(ExitCode.KILLED)
                 if number in (signal.SIGTERM, signal.SIGINT):
                     self._signal = signal.Signals(number)
+
+
+def _be_no_trainer() -> None:
+    """In a forked process: signals are not the trainer's, and SIGTERM ends it, as its parent's exit relies on."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
 
 
 def _stop_for(reason: str | None) -> None:
