@@ -57,11 +57,11 @@ from g4trainer.trainer import RunTrainer
 
 EFFECTIVE_BATCH = 8
 SAMPLES = 64
-STEPS, SAVED_AT, KILLED_AT = 24, 16, 20
+STEPS, SAVED_AT, KILLED_AT = 18, 12, 15
 WARM_STEPS = 4
 """Steps that are not timed: the first compile."""
 LEARNING_RATE = 2e-4
-PART_S = 280
+PART_S = 120
 """Longer than any part takes; a part that hangs is a failure."""
 
 
@@ -177,7 +177,10 @@ def start(run: RunDir, cards: int, options: argparse.Namespace, **environment: s
         as_expected &= f"resuming from step {SAVED_AT}" in text
     if not as_expected:
         print(text[-6000:], file=sys.stderr)
-    return {"exit_code": code, "as_expected": as_expected, "seconds": round(time.monotonic() - begun, 1)}
+    ended = {"exit_code": code, "as_expected": as_expected, "seconds": round(time.monotonic() - begun, 1)}
+    print(f"{run.path.name} on {cards}: {ended}; {samples_a_second(run):.2f} samples/s", flush=True)
+    print(json.dumps(losses_of(run)), flush=True)
+    return ended
 
 
 def copy_of(run: RunDir, name: str) -> RunDir:
