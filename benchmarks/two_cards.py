@@ -42,7 +42,7 @@ from benchmarks import true_shapes
 from transformers import set_seed
 
 from g4trainer import __main__ as program
-from g4trainer import train
+from g4trainer import gemma, train
 from g4trainer.attention import choose_attention
 from g4trainer.collator import IGNORED
 from g4trainer.compiled import compile_layers
@@ -140,6 +140,9 @@ def new_run(root: Path, name: str) -> RunDir:
         }
     )
     write_json(run.recipe, freeze(recipe, name, target="trainer").model_dump(mode="json"))
+    model = root / "models" / recipe.model.id  # the number of loader processes goes by it
+    write_json(model / "config.json", gemma.true_config("31B"))
+    write_json(model / "STAGED.json", {"files": {}})
     return run
 
 
