@@ -24,6 +24,17 @@ class RunNotFoundError(UserError):
         super().__init__(f"run {run_id}: not in {bucket}; {hint}`g4kit runs` lists those that are.")
 
 
+class SweepGivenError(RunNotFoundError):
+    """The id of a sweep, where one of its points is meant."""
+
+    def __init__(self, sweep_id: str, points: Sequence[str]) -> None:
+        UserError.__init__(
+            self,
+            f"run {sweep_id}: is a sweep; write the id of one of its points, {points[0]} to {points[-1]}, of which "
+            f"`g4kit runs {sweep_id}` names the best.",
+        )
+
+
 class DamagedError(UserError):
     """A JSON file of a run that does not parse."""
 
@@ -185,6 +196,9 @@ def require_run(cloud: Cloud, run_id: str) -> None:
 
 
 def not_found(cloud: Cloud, run_id: str) -> RunNotFoundError:
+    sweep = read_document(cloud.bucket, f"{sweep_folder(run_id)}/sweep.json")
+    if sweep:
+        return SweepGivenError(run_id, [point["run_id"] for point in sweep["points"]])
     return RunNotFoundError(run_id, cloud.bucket.url, cloud.bucket.folders("runs/"))
 
 

@@ -17,20 +17,23 @@ from g4kit.waiting import DETACHED
 Show = Callable[[SweepView], None]
 
 
-def commands_for(sweep_id: str) -> dict[str, str]:
-    """The exact commands for a sweep, by what they do."""
+def commands_for(view: SweepView) -> dict[str, str]:
+    """The exact commands for a sweep, by what they do: for one that is over, those for its best point."""
+    report = {"report": f"g4kit report {view.sweep_id}"}
+    if view.state == "succeeded":
+        best = view.best.run_id if view.best else view.points[0].run.run_id
+        return report | {"fetch": f"g4kit fetch {best}", "try": f"g4kit predict {best} IMAGE..."}
     return {
-        "follow": f"g4kit runs {sweep_id} --watch",
-        "logs": f"g4kit logs {sweep_id} -f --task 0",
-        "cancel": f"g4kit cancel {sweep_id}",
-        "report": f"g4kit report {sweep_id}",
-    }
+        "follow": f"g4kit runs {view.sweep_id} --watch",
+        "logs": f"g4kit logs {view.sweep_id} -f --task 0",
+        "cancel": f"g4kit cancel {view.sweep_id}",
+    } | report
 
 
 def print_started(cloud: Cloud, sweep_id: str, as_json: bool) -> None:
-    for what, text in commands_for(sweep_id).items():
-        say(f"  {what:<7} {text}")
-    _print(read_sweep(cloud, sweep_id), as_json)
+    view = read_sweep(cloud, sweep_id)
+    _say_commands(view)
+    _print(view, as_json)
 
 
 def wait_and_exit(cloud: Cloud, sweep_id: str, as_json: bool) -> NoReturn:
@@ -41,7 +44,9 @@ def wait_and_exit(cloud: Cloud, sweep_id: str, as_json: bool) -> NoReturn:
         say(f"\ndetached; the sweep goes on. To come back: g4kit runs {sweep_id} --watch; else g4kit cancel {sweep_id}")
         sys.exit(DETACHED)
     say(sweep_text(view))
-    if view.state != "succeeded":
+    if view.state == "succeeded":
+        _say_commands(view)
+    else:
         say(f"sweep {sweep_id}: {view.state}; to go on with what is left: g4kit resume {sweep_id}")
     _print(view, as_json)
     unfinished = [point.run for point in view.points if point.run.state != "succeeded"]
@@ -109,8 +114,13 @@ class Progress:
             self._last, self._stage, self._said_at = line, stage, time.monotonic()
 
 
+def _say_commands(view: SweepView) -> None:
+    for what, text in commands_for(view).items():
+        say(f"  {what:<7} {text}")
+
+
 def _print(view: SweepView, as_json: bool) -> None:
     if as_json:
-        print_json(dataclasses.asdict(view) | {"commands": commands_for(view.sweep_id)})
+        print_json(dataclasses.asdict(view) | {"commands": commands_for(view)})
     else:
         print_data(view.sweep_id)

@@ -39,6 +39,14 @@ def memory_for(samples: int, answers: int) -> None:
     trainer.training_step, generator._answer = limited_step, limited_answer
 
 
+def compiled() -> None:
+    """Layers are compiled as on a GPU: graphs are captured and differentiated, their operators run one by one."""
+    train = part("train")
+    train.COMPILED_ON, train.COMPILE_FROM_PARAMETERS = ("cpu",), 0
+    train.PADDING["cpu"] = train.PADDING["cuda"]
+    part("compiled").BACKEND = "aot_eager"
+
+
 def infinite_loss_at(step: int) -> None:
     trainer = part("trainer.RunTrainer")
     summed = trainer._summed_loss

@@ -158,6 +158,18 @@ def test_a_shared_base_model_gives_the_result_of_a_whole_one(server: Server) -> 
     assert_close(stopped, whole)
 
 
+@pytest.mark.slow
+def test_compiled_layers_of_a_shared_base_model_change_nothing(server: Server) -> None:
+    settings = chosen(model={"quantization": "none"}, job={"sharding": "full"})
+    whole, shared = (new_run(server.root, f"ranks-{name}", settings) for name in ("uncompiled", "compiled"))
+    assert server.run(whole, faults=BEST).status == 0
+    pair = start_pair(server, shared, {"compiled": []}, {"compiled": []})
+    assert [rank.wait() for rank in pair.ranks] == [0, 0], pair.log
+    assert "the base model is shared among 2 processes" in pair.log
+    assert "6 layers are compiled" in pair.log
+    assert_close(shared, whole)
+
+
 def test_without_rank_0_the_others_end(server: Server) -> None:
     run = new_run(server.root, "ranks-headless", chosen())
     run_pair(server, run, {"signal_at": [2, "SIGKILL"]}, codes=(-signal.SIGKILL, 1))

@@ -74,6 +74,23 @@ def test_the_best_is_named_by_validation_and_never_by_test(g4kit: Bench, swept: 
     )
 
 
+def test_what_comes_after_a_sweep_is_told_for_its_best_point(g4kit: Bench, swept: Swept) -> None:
+    swept()
+    over = g4kit("resume", "s1", "--json")
+    assert json.loads(over.stdout)["commands"] == {
+        "report": "g4kit report s1",
+        "fetch": "g4kit fetch s1-02",
+        "try": "g4kit predict s1-02 IMAGE...",
+    }
+    assert "cancel" not in over.stderr
+    for verb in ("fetch", "evaluate", "export"):
+        told = g4kit(verb, "s1")
+        assert told.exit_code == 2
+        assert "run s1: is a sweep; write the id of one of its points, s1-00 to s1-03, of which `g4kit runs s1`" in (
+            told.stderr
+        )
+
+
 def test_points_are_retried_alone_and_one_that_fails_stops_no_other(g4kit: Bench, swept: Swept) -> None:
     plan = {"1": [{"steps": 3, "exit": 75}, {"steps": 7, "exit": 0}], "2": [{"steps": 1, "exit": 4}], "*": FINE}
     swept(plan)

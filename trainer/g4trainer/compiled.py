@@ -24,6 +24,8 @@ from transformers.models.gemma4.modeling_gemma4 import (
 
 from g4trainer import nf4
 
+COMPILED_ON = ("cuda",)
+"""Devices on which compiling pays."""
 COMPILE_FROM_PARAMETERS = 1_000_000_000
 """Smaller models train in less time than compiling them takes: half a minute for each shape of a batch."""
 RECOMPILE_LIMIT = 128
@@ -34,12 +36,14 @@ BACKEND = "inductor"
 log = logging.getLogger(__name__)
 
 
-def compile_layers(model: torch.nn.Module, *, backend: str = BACKEND) -> int:
+def compile_layers(model: torch.nn.Module, *, backend: str | None = None) -> int:
     """Compiles each decoder and vision layer by itself, so that all share one graph; returns how many.
 
-    Worth it on CUDA, from COMPILE_FROM_PARAMETERS on. Where there is no C compiler, which Triton needs, nothing is
-    compiled, and a warning says so.
+    Layers whose weights processes share (FSDP2) are gathered before their graph begins, and let go of after it.
+    Where there is no C compiler, which Triton needs, nothing is compiled, and a warning says so.
+    backend: of torch.compile; None takes BACKEND.
     """
+    backend = backend or BACKEND
     if backend == "inductor" and not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")):
         log.warning("no C compiler on this machine: the layers are not compiled, and training is slower")
         return 0
@@ -50,6 +54,7 @@ def compile_layers(model: torch.nn.Module, *, backend: str = BACKEND) -> int:
     ]
     for layer in layers:
         layer.__class__ = _compiled(layer.__class__, backend)
+    log.info("%d layers are compiled, each kind where it is first used", len(layers))
     return len(layers)
 
 

@@ -280,7 +280,7 @@ def training_memory(model: vram.Model, shape: vram.Shape, micro: int, checkpoint
     """The peak of a step of that recipe, the allocator's reserve included."""
     share = model.recipe.training.effective_batch_size // model.recipe.job.gpus
     attention = vram.attention_for(model.recipe.model.attn_implementation, shape.tokens)
-    step = vram.Step(micro, checkpointing, attention, share > micro, compiled=model.shards == 1)
+    step = vram.Step(micro, checkpointing, attention, share > micro, compiled=True)
     return vram.with_reserve(vram.training(model, shape, step))
 
 

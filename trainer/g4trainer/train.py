@@ -26,7 +26,7 @@ from g4trainer.artifacts import artifacts, read_adapter, results, write_adapter
 from g4trainer.attempt import Attempt
 from g4trainer.attention import choose_attention
 from g4trainer.collator import Collator
-from g4trainer.compiled import COMPILE_FROM_PARAMETERS, compile_layers
+from g4trainer.compiled import COMPILE_FROM_PARAMETERS, COMPILED_ON, compile_layers
 from g4trainer.dataset import Splits, load_splits
 from g4trainer.deadline import Deadline
 from g4trainer.ending import follow, lead
@@ -125,7 +125,7 @@ class Phases:
         if self.ranks.size == 1:  # several processes never begin again within an attempt
             self.initial_adapter = {name: tensor.clone() for name, tensor in adapter_tensors(self.model).items()}
         large = base.num_parameters() >= COMPILE_FROM_PARAMETERS
-        if self.device.type == "cuda" and large and not is_sharded(base):
+        if self.device.type in COMPILED_ON and large:
             compile_layers(self.model)
         self.attempt.own_the_run()
         text_tokens = len(sample) - sample.count(self.collator.image_id)
