@@ -63,7 +63,7 @@ def plan_launch(cloud: Cloud, recipe_path: Path, overrides: tuple[str, ...], run
     problems = [
         *_name_problems(cloud.bucket, run_id),
         *staging_problems(cloud.bucket, recipe),
-        *cloud.jobs.problems(_request(plan.run_id, "none", plan.path, recipe)),
+        *cloud.jobs.problems(run_request(plan.run_id, "none", plan.path, recipe)),
     ]
     if problems:
         raise LaunchError("\n".join(problems))
@@ -161,14 +161,15 @@ def _start(cloud: Cloud, run_id: str, intent: Launch) -> Execution:
     path = cloud.bucket.job_path(run_folder(run_id))
     recipe = under_limits(frozen.recipe, intent.limits)
     env = environment_of(frozen, recipe, intent.limits)
-    execution = cloud.jobs.run(_request(run_id, intent.launch_id, path, recipe, env))
+    execution = cloud.jobs.run(run_request(run_id, intent.launch_id, path, recipe, env))
     write_started(cloud.bucket, run_folder(run_id), intent, execution)
     return execution
 
 
-def _request(
+def run_request(
     run_id: str, launch_id: str, path: str, recipe: Recipe, env: Mapping[str, str] | None = None
 ) -> JobRequest:
+    """One task that trains. path: of the run directory, as the job sees it."""
     return JobRequest(
         run_id=run_id,
         launch_id=launch_id,

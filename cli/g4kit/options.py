@@ -45,6 +45,9 @@ target_option = click.option(
 accelerator_option = click.option(
     "--accelerator", metavar="NAME", help="GPU of a cloud target to work on. Default: the run's. See docs/limits.md."
 )
+yes_option = click.option(
+    "--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 price_table_option = click.option(
     "--price-table",

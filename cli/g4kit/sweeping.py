@@ -17,7 +17,7 @@ from g4kit.estimating import DoesNotFitError, Estimate
 from g4kit.estimating_inputs import deployed_job
 from g4kit.grid import as_overrides, describe
 from g4kit.launches import Launch, create, read_launches, time, write_intent, write_started
-from g4kit.launching import LaunchError, LaunchPlan, priced, read_frozen, staging_problems, write_run
+from g4kit.launching import LaunchError, LaunchPlan, priced, read_frozen, run_request, staging_problems, write_run
 from g4kit.runs import read_document, run_folder, sweep_folder
 from g4kit.sweeps import SweepView, point_id, read_sweep, require_sweep
 from g4kit.transfer import in_parallel
@@ -215,18 +215,9 @@ def _request(
 ) -> JobRequest:
     path = cloud.bucket.job_path(f"{sweep_folder(sweep_id)}/tasks.json")
     chosen = ("--only", ",".join(map(str, tasks))) if only else ()
-    return JobRequest(
-        run_id=sweep_id,
-        launch_id=launch_id,
+    return dataclasses.replace(
+        run_request(sweep_id, launch_id, path, recipe, env),
         args=("run", "--sweep", path, *chosen),
-        timeout_s=recipe.job.timeout_s,
-        max_attempts=recipe.job.max_attempts,
-        accelerator=recipe.job.accelerator,
-        gpus=recipe.job.gpus,
-        hosts=recipe.job.hosts,
-        provisioning=recipe.job.provisioning,
-        max_wait_s=recipe.job.max_wait_s,
-        env=env or {},
         task_count=len(tasks),
         folder=sweep_folder(sweep_id),
     )

@@ -18,6 +18,7 @@ from g4trainer import recipe as recipes
 from g4trainer.collator import Collator
 from g4trainer.compiled import generating
 from g4trainer.dataset import DataError, Example
+from g4trainer.exits import OutOfMemory
 from g4trainer.gemma import END_OF_TURN
 from g4trainer.model import is_sharded
 from g4trainer.pixels import as_numbers
@@ -173,6 +174,13 @@ def predict(
         predictions += [prediction for part in ranks.gather(made) for prediction in part]
         on_batch(predictions)
     return predictions
+
+
+def half_batch(size: int, error: Exception) -> int:
+    """The evaluation batch to go on with when memory ran out. Raises OutOfMemory where there is no smaller one."""
+    if size == 1:
+        raise OutOfMemory(f"out of GPU memory answering one image at a time: {error}") from error
+    return size // 2
 
 
 def _answers(generator: Generator, batch: Sequence[Example], texts: Sequence[str]) -> list[Prediction]:

@@ -26,8 +26,8 @@ from g4trainer.artifacts import read_adapter
 from g4trainer.attention import choose_attention
 from g4trainer.collator import Collator
 from g4trainer.dataset import DataError, Example
-from g4trainer.evaluate import Generator, Prediction, generator_of
-from g4trainer.exits import ExitCode, ModelError, OutOfMemory
+from g4trainer.evaluate import Generator, Prediction, generator_of, half_batch
+from g4trainer.exits import ExitCode, ModelError
 from g4trainer.gemma import read_facts
 from g4trainer.metrics import status_interval_s
 from g4trainer.model import attach_lora, load_adapter_weights, load_base, load_processor
@@ -160,9 +160,7 @@ class Predictor:
                 after = self._said(batch, adapted=True) if which != "before" else [None] * len(batch)
                 before = self._said(batch, adapted=False) if which != "after" else [None] * len(batch)
             except torch.OutOfMemoryError as error:
-                if size == 1:
-                    raise OutOfMemory(f"out of GPU memory answering one image at a time: {error}") from error
-                size //= 2
+                size = half_batch(size, error)
                 log.warning("out of GPU memory: going on with %d images at a time", size)
                 torch.cuda.empty_cache()
                 continue

@@ -15,6 +15,7 @@ import torch
 
 from g4trainer import vram
 from g4trainer.dataset import Splits
+from g4trainer.evaluate import half_batch
 from g4trainer.exits import MemoryPart, OutOfMemory
 from g4trainer.metrics import Publisher, Status
 from g4trainer.planner import (
@@ -131,11 +132,10 @@ class RunPlan:
 
     def _shrink_evaluation(self, error: Exception) -> None:
         size = self.current.evaluation_batch_size
-        if size == 1:
-            raise OutOfMemory(f"out of GPU memory answering one image at a time: {error}") from error
+        half = half_batch(size, error)
         self._change(
-            replace(self.current, evaluation_batch_size=size // 2),
-            f"out of GPU memory: evaluation batch {size} becomes {size // 2}",
+            replace(self.current, evaluation_batch_size=half),
+            f"out of GPU memory: evaluation batch {size} becomes {half}",
         )
 
     def _change(self, plan: Plan, why: str) -> None:

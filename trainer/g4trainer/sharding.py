@@ -24,8 +24,8 @@ from g4trainer.artifacts import ADAPTER_WEIGHTS, HEADLINE, TRAINING_SUMMARY, fin
 from g4trainer.claims import metadata_age_s
 from g4trainer.dataset import DataError, Splits, load_splits
 from g4trainer.deadline import Deadline
-from g4trainer.evaluate import Prediction, predict, read_predictions, score, to_lines
-from g4trainer.exits import ExitCode, OutOfMemory, TrainerError
+from g4trainer.evaluate import Prediction, half_batch, predict, read_predictions, score, to_lines
+from g4trainer.exits import ExitCode, TrainerError
 from g4trainer.metrics import status_interval_s
 from g4trainer.outcome import KNOWN, end_request
 from g4trainer.predict import Predictor
@@ -131,9 +131,7 @@ class _Evaluation:
                     self._predictor.generator, examples, batch_size=size, finished=answered, on_batch=on_batch
                 )
             except torch.OutOfMemoryError as error:
-                if size == 1:
-                    raise OutOfMemory(f"out of GPU memory answering one image at a time: {error}") from error
-            size //= 2
+                size = half_batch(size, error)
             log.warning("out of GPU memory: going on with %d images at a time", size)
             torch.cuda.empty_cache()
 

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from g4trainer import rundir
-from g4trainer.deadline import ATTEMPTS_VARIABLE
+from g4trainer.deadline import ATTEMPTS_VARIABLE, TIMEOUT_VARIABLE
+from g4trainer.processes import end_group, signal_group
 
 ATTEMPTS_FILE = "G4KIT_ATTEMPTS_FILE"
-TIMEOUT = "G4KIT_ATTEMPT_TIMEOUT_S"
 TRAINER = "G4KIT_TRAINER"
 """Command that stands in for `python -m g4trainer`, as on the local target."""
 GRACE = "G4KIT_GRACE_S"
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         most=options.attempts,
         host=host,
         path=Path(os.environ[ATTEMPTS_FILE]) if host.leads and ATTEMPTS_FILE in os.environ else None,
-        timeout_s=float(os.environ[TIMEOUT]) + (0 if host.leads else JOIN_S),
+        timeout_s=float(os.environ[TIMEOUT_VARIABLE]) + (0 if host.leads else JOIN_S),
         grace_s=float(os.environ.get(GRACE) or GRACE_S),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -196,8 +196,8 @@ class Attempts:
             why = self._wait(process)
         finally:
             if process.poll() is None:
-                _end(process, self.grace_s)
-            _signal(process.pid, signal.SIGKILL)  # what the attempt itself left running
+                end_group(process, self.grace_s)
+            signal_group(process.pid, signal.SIGKILL)  # what the attempt itself left running
         pump.join(PUMP_GRACE_S)
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode
         record |= {"finished_at": _now(), "exit_code": code, "ended_by": why}
@@ -222,7 +222,7 @@ class Attempts:
         inherited = {name: value for name, value in os.environ.items() if self.host.leads or name != ATTEMPTS_VARIABLE}
         return {
             **inherited,
-            **({} if self.host.leads else {TIMEOUT: str(self.timeout_s)}),
+            **({} if self.host.leads else {TIMEOUT_VARIABLE: str(self.timeout_s)}),
             "CLOUD_RUN_JOB": "vertex",
             "CLOUD_RUN_EXECUTION": execution,
             "CLOUD_RUN_TASK_INDEX": inherited.get("CLOUD_RUN_TASK_INDEX", "0"),
@@ -255,20 +255,6 @@ def _pass_on(stream: IO[bytes]) -> None:
 
 def _trainer(environ: Mapping[str, str]) -> list[str]:
     return shlex.split(environ.get(TRAINER, "")) or [sys.executable, "-m", "g4trainer"]
-
-
-def _end(process: "subprocess.Popen[bytes]", grace_s: float) -> None:
-    _signal(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=grace_s)
-        return
-    _signal(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _signal(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
-        os.killpg(group, number)
 
 
 def _now() -> str:

@@ -20,6 +20,7 @@ from g4kit.cloud.local_execution import ExecutionFolder
 from g4kit.locks import take_lock
 from g4trainer import rundir
 from g4trainer.deadline import TIMEOUT_VARIABLE
+from g4trainer.processes import end_group, signal_group
 
 JOB = "g4kit-local"
 POLL_S = 0.25
@@ -162,7 +163,7 @@ class Supervisor:
             why = self._wait(process)
         finally:  # whatever broke here, no attempt is left without a supervisor
             if process.poll() is None:
-                end_group(process.pid, process, self.request["grace_s"])
+                end_group(process, self.request["grace_s"])
             signal_group(process.pid, signal.SIGKILL)  # what the attempt itself left running
         pump.join(PUMP_GRACE_S)
         exit_code = process.returncode if process.returncode >= 0 else 128 - process.returncode
@@ -215,21 +216,6 @@ class Supervisor:
 
     def _on_shutdown(self, *_: object) -> None:
         self.shutting_down = True
-
-
-def end_group(group: int, process: subprocess.Popen[bytes], grace_s: float) -> None:
-    """SIGTERM, a grace period, SIGKILL, for the process and all that it started."""
-    signal_group(group, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=grace_s)
-        return
-    signal_group(group, signal.SIGKILL)
-    process.wait()
-
-
-def signal_group(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
-        os.killpg(group, number)
 
 
 if __name__ == "__main__":

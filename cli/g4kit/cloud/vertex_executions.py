@@ -14,6 +14,7 @@ from typing import Any
 
 from g4kit.cloud.base import Execution, ExecutionState, JobRequest, Task
 from g4kit.deployment import Deployment
+from g4trainer.deadline import TIMEOUT_VARIABLE
 from g4trainer.limits import ACCELERATORS, VERTEX_TIMEOUT_MAX_S, machine_type
 
 RUN_LABEL, LAUNCH_LABEL = "g4kit_run", "g4kit_launch"
@@ -60,7 +61,7 @@ def custom_job(request: JobRequest, deployment: Deployment, image: str, index: i
         "G4KIT_ROOT": vertex.mount_path,
         RUN_ID: request.run_id,
         LAUNCH_ID: request.launch_id,
-        "G4KIT_ATTEMPT_TIMEOUT_S": str(request.timeout_s),
+        TIMEOUT_VARIABLE: str(request.timeout_s),
         ATTEMPTS_FILE: f"{vertex.mount_path}/{request.launches}/{own_id}.attempts.json",
         **({TASK_INDEX: str(index), TASK_COUNT: str(request.task_count)} if many else {}),
         **request.env,

@@ -2,7 +2,7 @@ from typing import Any
 
 import click
 
-from g4kit.options import accelerator_option, json_option, run_id_argument, target_option
+from g4kit.options import accelerator_option, json_option, run_id_argument, target_option, yes_option
 from g4kit.output import duration, print_data, print_json, say
 from g4kit.targets import open_cloud
 
@@ -15,7 +15,7 @@ MAX_SHARDS = 100
 @click.option("--test-size", metavar="N|all", help="Test samples. Default: as many as the run's own evaluation took.")
 @click.option("--wait", is_flag=True, help="Follow to the end, and print the metrics.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print time and price, start nothing.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@yes_option
 @click.option("--max-cost", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="Cap on one execution.")
 @accelerator_option
 @target_option

@@ -4,7 +4,7 @@ from typing import Any
 import click
 
 from g4kit.cloud.base import Cloud
-from g4kit.options import accelerator_option, json_option, run_id_argument, target_option
+from g4kit.options import accelerator_option, json_option, run_id_argument, target_option, yes_option
 from g4kit.output import print_data, print_json, say, size
 from g4kit.targets import open_cloud
 
@@ -28,7 +28,7 @@ from g4kit.targets import open_cloud
     help="Merge into the base weights as published, or as the run had them: at NF4, dequantized.",
 )
 @click.option("--no-compare", is_flag=True, help="Do not load the merged model and compare it.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@yes_option
 @accelerator_option
 @target_option
 @json_option

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from g4kit.options import RunId, json_option, price_table_option, target_option
+from g4kit.options import RunId, json_option, price_table_option, target_option, yes_option
 from g4kit.output import print_data, print_json, say, terminal_columns
 from g4kit.targets import open_cloud
 
@@ -15,7 +15,7 @@ from g4kit.targets import open_cloud
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one value of the recipe.")
 @click.option("--wait", is_flag=True, help="Follow to the end; exit with the trainer's code.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@yes_option
 @click.option(
     "--max-cost",
     type=click.FloatRange(min=0, min_open=True),

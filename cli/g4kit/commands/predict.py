@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from g4kit.options import accelerator_option, run_id_argument, target_option
+from g4kit.options import accelerator_option, run_id_argument, target_option, yes_option
 from g4kit.output import print_data, print_json, say
 from g4kit.targets import open_cloud
 
@@ -23,7 +23,7 @@ IMAGE_WIDTH, BEFORE_WIDTH = 48, 28
 @click.option("--before", "which", flag_value="before", help="Ask the base model, without the adapter.")
 @click.option("--both", "which", flag_value="both", help="Ask the base model and the adapter.")
 @click.option("--prompt", help="The question, for a run that was trained on chats. Others have their recipe's.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@yes_option
 @accelerator_option
 @target_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, at the end.")

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import click
 
-from g4kit.options import RunId, json_option, target_option
+from g4kit.options import RunId, json_option, target_option, yes_option
 from g4kit.output import print_data, print_json, say
 from g4kit.targets import open_cloud
 
@@ -18,7 +18,7 @@ from g4kit.targets import open_cloud
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one value in all points.")
 @click.option("--wait", is_flag=True, help="Follow to the end; exit with 0 once all points have succeeded.")
 @click.option("--dry-run", is_flag=True, help="Check every point, print the plan, start nothing.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none.")
+@yes_option
 @click.option(
     "--max-cost", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="Never spend more on all points."
 )
