@@ -67,7 +67,7 @@ def describe(view: RunView) -> str:
         parts.append(view.phase)
     if view.state != "succeeded":
         parts += _figures(view)
-    if view.message and view.state != "running":
+    if view.message and not (view.live and view.state == "running"):
         parts.append(view.message)
     if view.state == "succeeded":
         parts += _accuracies(view)

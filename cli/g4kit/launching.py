@@ -19,7 +19,7 @@ from g4kit.runs import (
     not_found,
     read_document,
     read_run,
-    require_run,
+    require_here,
     run_folder,
     sweep_folder,
 )
@@ -123,10 +123,10 @@ def resume(
     """Starts another execution of an unfinished run.
 
     max_cost: USD that all executions of the run may cost together, in place of what its launch said.
-    Raises RunNotFoundError, LaunchError where the run goes on or has finished, BudgetError where its cost is capped
-    and what is left does not do.
+    Raises RunNotFoundError, ElsewhereError, LaunchError where the run goes on or has finished, BudgetError where its
+    cost is capped and what is left does not do.
     """
-    require_run(cloud, run_id)
+    require_here(cloud, run_id)
     if any(execution.active for execution in executions_of(cloud, run_id)):
         raise LaunchError(f"run {run_id}: is going on; wait for it, or write: g4kit cancel {run_id}")
     if read_run(cloud, run_id).state == "succeeded":

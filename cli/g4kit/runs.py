@@ -10,6 +10,7 @@ from typing import Any
 
 from g4kit.cloud.base import Bucket, Cloud, Execution, ExecutionState, ObjectNotFoundError, Task, now
 from g4kit.errors import UserError
+from g4kit.targets import TARGETS
 
 INTENT = re.compile(r"launches/(\d{4})\.json$")
 WAITING = (ExecutionState.PENDING, ExecutionState.RUNNING)
@@ -33,6 +34,10 @@ class SweepGivenError(RunNotFoundError):
             f"run {sweep_id}: is a sweep; write the id of one of its points, {points[0]} to {points[-1]}, of which "
             f"`g4kit runs {sweep_id}` names the best.",
         )
+
+
+class ElsewhereError(UserError):
+    """A run of another target, with the same bucket."""
 
 
 class DamagedError(UserError):
@@ -155,6 +160,26 @@ def all_executions(cloud: Cloud) -> Executions:
     for execution in cloud.jobs.find():
         by_id.setdefault(execution.run_id, []).append(execution)
     return Executions(cloud.bucket, lambda run_id: by_id.get(run_id, []))
+
+
+def elsewhere(cloud: Cloud, document: Mapping[str, Any]) -> str | None:
+    """The target that has the executions of a run or a sweep, where it is another than this: both may share a bucket.
+
+    document: its recipe.json or sweep.json.
+    """
+    target = str(document.get("target"))
+    return target if target in TARGETS and target != cloud.target else None
+
+
+def require_here(cloud: Cloud, some_id: str) -> None:
+    """Raises RunNotFoundError, DamagedError, and ElsewhereError for a run or a sweep of another target."""
+    names = (f"{run_folder(some_id)}/recipe.json", f"{sweep_folder(some_id)}/sweep.json")
+    document = next((found for name in names if (found := read_document(cloud.bucket, name))), None)
+    if document is None:
+        raise not_found(cloud, some_id)
+    target = elsewhere(cloud, document)
+    if target:
+        raise ElsewhereError(f"{some_id}: goes on at target {target}, this is {cloud.target}; write --target {target}.")
 
 
 def executions_of(cloud: Cloud, run_id: str) -> list[Execution]:
@@ -301,7 +326,12 @@ def view_of(cloud: Cloud, run_id: str, executions: Executions) -> RunView | None
     results = read_document(cloud.bucket, f"{folder}/results.json")
     status = read_document(cloud.bucket, f"{folder}/status.json")
     failed = None if results else read_document(cloud.bucket, f"{folder}/failed.json")
-    return combine(run_id, recipe, found[-1] if found else None, status, failed, results, now())
+    view = combine(run_id, recipe, found[-1] if found else None, status, failed, results, now())
+    target = elsewhere(cloud, recipe)
+    if target is None or found or results or failed:
+        return view
+    hint = f"of target {target}; write: g4kit runs {run_id} --target {target}"
+    return dataclasses.replace(view, state=(status or {}).get("state", "pending"), message=hint)
 
 
 def _message(

@@ -18,7 +18,7 @@ from g4kit.estimating_inputs import deployed_job
 from g4kit.grid import as_overrides, describe
 from g4kit.launches import Launch, create, read_launches, time, write_intent, write_started
 from g4kit.launching import LaunchError, LaunchPlan, priced, read_frozen, run_request, staging_problems, write_run
-from g4kit.runs import read_document, run_folder, sweep_folder
+from g4kit.runs import read_document, require_here, run_folder, sweep_folder
 from g4kit.sweeps import SweepView, point_id, read_sweep, require_sweep
 from g4kit.transfer import in_parallel
 from g4trainer.recipe import Recipe, RecipeError, SweepPlace, load_recipe
@@ -163,6 +163,7 @@ def resume_sweep(cloud: Cloud, sweep_id: str, tasks: Collection[int] | None = No
     the cost does not do for each of them.
     """
     require_sweep(cloud, sweep_id)
+    require_here(cloud, sweep_id)
     if any(execution.active for execution in cloud.jobs.find(sweep_id)):
         raise LaunchError(f"sweep {sweep_id}: is going on; wait for it, or write: g4kit cancel {sweep_id}")
     wanted = _unfinished(read_sweep(cloud, sweep_id), tasks)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from contract.waiting import wait_until
 from fakes.google_cloud import FakeGoogleCloud
 from g4kit.targets import open_cloud
 
@@ -66,6 +67,7 @@ def test_cancel_and_resume(staged: Call, google: FakeGoogleCloud) -> None:
         "launch", "tiny.toml", "--yes", plan=[{"steps": 4, "exit": 0, "sleep_s": 60}, {"steps": 6, "exit": 0}]
     )
     run_id = launched.stdout.strip()
+    wait_until(lambda: list(google.mount.glob(f"runs/{run_id}/claims/*.json")), bool)
     cancelled = staged("cancel", run_id)
     assert (cancelled.exit_code, cancelled.stdout.strip()) == (0, run_id)
     resumed = staged("resume", run_id, "--wait")

@@ -134,6 +134,24 @@ def test_doctor_says_what_is_right_and_what_mends_the_rest(call: Call, google: F
     assert "build_command" in mends["image"]
 
 
+def test_from_another_target_a_run_is_told_where_it_goes_on(call: Call, google: FakeGoogleCloud) -> None:
+    """The bucket is the same, and Cloud Run the default: there it must neither look lost nor be started again."""
+    plan = [{"steps": 4, "exit": 0, "sleep_s": 60}]
+    run_id = call("launch", "tiny.toml", "--yes", plan=plan).stdout.strip()
+    wait_until(lambda: json.loads(call("runs", run_id, "--json").stdout)["step"], lambda step: step == 4)
+    there = ("--target", "cloudrun")
+    view = json.loads(call("runs", run_id, "--json", *there).stdout)
+    assert (view["state"], view["live"], view["step"]) == ("running", False, 4)
+    hint = f"of target vertex; write: g4kit runs {run_id} --target vertex"
+    assert view["message"] == hint
+    assert hint in call("runs", *there).stdout
+    for verb in ("cancel", "resume", "logs"):
+        told = call(verb, run_id, *there)
+        assert told.exit_code == 2
+        assert f"{run_id}: goes on at target vertex, this is cloudrun; write --target vertex." in told.stderr
+    assert call("cancel", run_id).exit_code == 0
+
+
 PRICES = """\
 [vertex.europe-west4]
 as_of = "2026-11"
@@ -187,6 +205,15 @@ def test_another_card_may_be_taken(call: Call, google: FakeGoogleCloud, run_id: 
     assert (elsewhere.exit_code, 'got "nvidia-l4" for target vertex' in elsewhere.stderr) == (2, True)
     local = call("predict", run_id, "one.png", "--accelerator", "nvidia-l4", "--target", "local")
     assert local.exit_code == 2
+
+
+def test_cloud_run_evaluates_what_vertex_ai_trained(call: Call, google: FakeGoogleCloud, run_id: str) -> None:
+    there = ("--target", "cloudrun", "--accelerator", "nvidia-l4", "--yes")
+    told = call("evaluate", run_id, "--shards", "2", "--wait", *there)
+    assert told.exit_code == 0, told.stderr
+    assert [name.rpartition("-")[0] for name in google.run.names] == ["g4kit-l4"]
+    assert "share 1 of 2" in call("logs", run_id, "--target", "cloudrun").stdout
+    assert call("predict", run_id, "one.png", *there).exit_code == 0
 
 
 def test_a_merged_model_comes_back(call: Call, google: FakeGoogleCloud, run_id: str, tmp_path: Path) -> None:

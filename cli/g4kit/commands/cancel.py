@@ -24,10 +24,13 @@ def command(run_id: str, target: str | None) -> None:
     Example:
       g4kit cancel digits-tiny-20260101-120000-0a1b
     """
-    from g4kit.runs import evaluation_id, executions_of, read_run
+    from g4kit.runs import evaluation_id, executions_of, read_run, require_here
     from g4kit.sweeps import is_sweep, read_sweep
 
     cloud = open_cloud(target)
+    evaluations = cloud.jobs.find(evaluation_id(run_id))
+    if not evaluations:
+        require_here(cloud, run_id)
     if is_sweep(cloud, run_id):
         _cancel(cloud, f"sweep {run_id}", run_id, _of_sweep(cloud, run_id), lambda: read_sweep(cloud, run_id).state)
         return
@@ -38,8 +41,7 @@ def command(run_id: str, target: str | None) -> None:
             raise UserError(
                 f"run {run_id}: is one task of a whole sweep's execution; to end all of it: g4kit cancel {sweep_id}"
             )
-    executions += cloud.jobs.find(evaluation_id(run_id))
-    _cancel(cloud, f"run {run_id}", run_id, executions, lambda: read_run(cloud, run_id).state)
+    _cancel(cloud, f"run {run_id}", run_id, [*executions, *evaluations], lambda: read_run(cloud, run_id).state)
 
 
 def _of_sweep(cloud: Cloud, sweep_id: str) -> list[Execution]:

@@ -52,9 +52,11 @@ def parse_since(text: str, at: datetime.datetime) -> datetime.datetime:
 
 
 def _texts(cloud: Cloud, run_id: str, task: int | None, follow: bool, since: datetime.datetime | None) -> Iterator[str]:
-    from g4kit.runs import evaluation_id, executions_of
+    from g4kit.runs import evaluation_id, executions_of, require_here
     from g4kit.sweeps import is_sweep, point_id, require_sweep
 
+    if not cloud.jobs.find(evaluation_id(run_id)):
+        require_here(cloud, run_id)
     if not is_sweep(cloud, run_id):
         if task is not None:
             raise UserError(f"--task: got {task}, and {run_id} is no sweep; leave it out.")
