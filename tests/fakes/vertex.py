@@ -124,13 +124,13 @@ class FakeVertex:
     def _create(self, request: Request) -> Answer:
         if "aiplatform.customJobs.create" in self.denied:
             return error(403, f"Permission 'aiplatform.customJobs.create' denied on resource '{self._project}'.")
-        if self.exhausted and len(self.jobs) >= self.room:
-            return error(429, f"The following quota metrics exceed quota limits: {self.exhausted}")
         asked = request.json()
         wrong = _wrong(asked)
         if wrong:
             return error(400, wrong)
         with self._lock:
+            if self.exhausted and len(self.jobs) >= self.room:
+                return error(429, f"The following quota metrics exceed quota limits: {self.exhausted}")
             job = Job(str(7_000_000_000_000_000_000 + len(self.jobs)), asked, now())
             self.jobs[job.id] = job
         threading.Thread(target=self._run, args=[job], daemon=True).start()
