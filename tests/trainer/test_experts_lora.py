@@ -256,7 +256,7 @@ def test_parameters_are_those_that_torch_counts(folder: Path, lora: dict[str, An
     adapted = adapted_model(folder, r=RANK, **lora)
     assert counted.lora_parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad) > 0
     facts, chosen = gemma.facts_of(config), recipe(**lora).lora
-    promised = [*lora_targets.adapted_linears(facts, chosen), *lora_targets.adapted_experts(facts, chosen)]
+    promised: list[Any] = [*lora_targets.adapted_linears(facts, chosen), *lora_targets.adapted_experts(facts, chosen)]
     assert adapted_modules(adapted).keys() == {one.name for one in promised}
 
 

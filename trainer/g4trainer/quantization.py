@@ -15,7 +15,9 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-UNQUANTIZED = ("lm_head", "router.proj", "patch_embedder.input_proj")
+from g4trainer.vram import UNQUANTIZED_LINEARS
+
+UNQUANTIZED = ("lm_head", *UNQUANTIZED_LINEARS)
 """Linear modules that stay in bf16, as suffixes of their names.
 
 The head is tied to the embedding, and a 4-bit copy of it would be a broken layer. The routers of 26B-A4B choose experts

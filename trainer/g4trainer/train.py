@@ -71,7 +71,7 @@ def run_attempt(run: RunDir, deadline: Deadline, ranks: Ranks = ALONE) -> ExitCo
 
 
 class Phases:
-    """The phases of one attempt, in order. Each method that is not private is one."""
+    """The phases of one attempt; `execute` goes through them in order."""
 
     def __init__(self, attempt: Attempt) -> None:
         """Raises RecipeError where the recipe cannot be read, or not be run by so many processes."""
