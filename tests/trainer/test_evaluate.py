@@ -219,6 +219,38 @@ def test_finished_batches_are_not_generated_again(tmp_path: Path) -> None:
     assert read_predictions(tmp_path / "missing.jsonl") == []
 
 
+class Counting(Scripted):
+    """A model that says which of the given lengths its prompt has, and how wide the batches were."""
+
+    def __init__(self, collate: Collator, lengths: list[int]) -> None:
+        super().__init__(collate, [])
+        self.lengths, self.widths = lengths, list[int]()
+
+    def generate(self, *, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: list[int]) -> torch.Tensor:
+        self.widths.append(input_ids.shape[1])
+        self.texts = [LABELS[self.lengths.index(length)] for length in attention_mask.sum(dim=1).tolist()]
+        return super().generate(input_ids=input_ids, **options)
+
+
+def test_long_prompts_are_answered_first_and_every_answer_finds_its_place() -> None:
+    collate = collator()
+    samples = [example(seed=seed, prompt="what " * times) for seed, times in enumerate((1, 9, 2, 8, 3, 4))]
+    lengths = [collate.prompts([sample])["input_ids"].shape[1] for sample in samples]
+    model = Counting(collate, lengths)
+    made = Generator(model, collate, LABELS, max_new_tokens=4, constrained=False)
+    batches: list[list[Prediction]] = []
+    whole = predict(made, samples, batch_size=2, on_batch=lambda so_far: batches.append(list(so_far)))
+    assert [one.id for one in whole] == [sample.id for sample in samples]
+    assert [one.raw_text for one in whole] == list(LABELS)
+    order = sorted(range(6), key=lambda seed: -lengths[seed])
+    assert [one.id for one in batches[-1]] == [f"train/{seed}" for seed in order]
+    assert model.widths == [lengths[seed] for seed in order[::2]]
+    finished, batches = batches[0], []
+    assert predict(made, samples, batch_size=2, finished=finished, on_batch=lambda so_far: batches.append([])) == whole
+    assert len(batches) == 2
+    assert predict(made, samples, batch_size=2, finished=[whole[seed] for seed in order]) == whole
+
+
 def test_predictions_of_other_data_are_refused() -> None:
     made = Generator(Scripted(collator(), ["one"]), collator(), LABELS, max_new_tokens=6, constrained=False)
     with pytest.raises(DataError, match="predictions of an earlier attempt are of test/9, not train/0"):

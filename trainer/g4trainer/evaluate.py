@@ -23,10 +23,10 @@ from g4trainer.gemma import END_OF_TURN
 from g4trainer.model import is_sharded
 from g4trainer.pixels import as_numbers
 from g4trainer.ranks import ALONE, Ranks
+from g4trainer.vram import CHAT_ANSWER_TOKENS
 
 UNKNOWN = "(unknown)"
 """Column of the confusion matrix for answers that name no label."""
-CHAT_MAX_NEW_TOKENS = 256
 UNSPACED = ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 """Scripts without blanks between words, besides the wide ones of East Asia; by the names of their characters."""
 Z_95 = 1.959963984540054
@@ -129,7 +129,7 @@ def generator_of(model: Any, collator: Collator, labels: Sequence[str], settings
 
 def longest_answer(collator: Collator, labels: Sequence[str]) -> int:
     """Tokens that the longest label needs, the end of the turn included."""
-    return max((len(collator.answer_ids(label)) for label in labels), default=CHAT_MAX_NEW_TOKENS - 1) + 1
+    return max((len(collator.answer_ids(label)) for label in labels), default=CHAT_ANSWER_TOKENS - 1) + 1
 
 
 def label_trie(collator: Collator, labels: Sequence[str]) -> dict[int, Any]:
@@ -153,27 +153,45 @@ def predict(
 ) -> list[Prediction]:
     """Predictions for all examples, in their order.
 
-    finished: predictions of an earlier attempt, in that order; whole batches of them are not generated again.
-    on_batch: called with all predictions so far after each batch, to publish them.
+    They are answered by the length of their prompts, the longest first: a batch is padded to its longest prompt, and
+    memory that is short is short at once.
+    finished: predictions of an earlier attempt, in the order of answering; whole batches of them are not made again.
+    on_batch: called after each batch with all predictions so far, in the order of answering, to publish them.
     ranks: take the batches in turn, which are those of one process, and get all predictions.
     """
-    for example, prediction in zip(examples, finished, strict=False):
+    order = sorted(range(len(examples)), key=lambda index: _prompt_length(examples[index]), reverse=True)
+    asked = [examples[index] for index in order]
+    for example, prediction in zip(asked, finished, strict=False):
         if example.id != prediction.id:
             raise DataError(
                 f"predictions of an earlier attempt are of {prediction.id}, not {example.id}: the data changed."
             )
-    predictions = list(finished[: len(finished) // batch_size * batch_size])
-    if len(finished) >= len(examples):
-        return list(finished[: len(examples)])
-    starts = range(len(predictions), len(examples), batch_size * ranks.size)
+    predictions = list(finished[: len(asked)])
+    if len(predictions) < len(asked):
+        del predictions[len(predictions) // batch_size * batch_size :]
+        for made in _in_turn(generator, asked, len(predictions), batch_size, ranks):
+            predictions += made
+            on_batch(predictions)
+    placed = dict(zip(order, predictions, strict=True))
+    return [placed[index] for index in range(len(examples))]
+
+
+def _in_turn(
+    generator: Generator, examples: Sequence[Example], done: int, batch_size: int, ranks: Ranks
+) -> Iterator[list[Prediction]]:
+    """Predictions for the examples that are left, a batch of each rank at a time."""
+    starts = range(done, len(examples), batch_size * ranks.size)
     own = [examples[start + batch_size * ranks.rank :][:batch_size] for start in starts]
     sharded = is_sharded(generator.model)  # then all must generate as often: who has no batch left answers some other
     answers = generator.answers([batch or examples[-1:] for batch in own if batch or sharded])
     for batch in own:
         made = _answers(generator, batch, next(answers)[: len(batch)] if batch or sharded else [])
-        predictions += [prediction for part in ranks.gather(made) for prediction in part]
-        on_batch(predictions)
-    return predictions
+        yield [prediction for part in ranks.gather(made) for prediction in part]
+
+
+def _prompt_length(example: Example) -> tuple[int, int]:
+    """By which prompts are compared: an image has more tokens than most texts."""
+    return len(example.images), len(example.prompt)
 
 
 def half_batch(size: int, error: Exception) -> int:

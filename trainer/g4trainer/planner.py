@@ -287,7 +287,8 @@ def training_memory(model: vram.Model, shape: vram.Shape, micro: int, checkpoint
 def evaluation_memory(model: vram.Model, shape: vram.Shape, batch: int) -> vram.Memory:
     """The peak of answering a batch of images, the allocator's reserve included."""
     stated = model.recipe.evaluation.max_new_tokens
-    new_tokens = vram.ANSWER_TOKENS if stated == "auto" else stated
+    longest = vram.CHAT_ANSWER_TOKENS if model.recipe.data.task == "chat" else vram.ANSWER_TOKENS
+    new_tokens = longest if stated == "auto" else stated
     return vram.with_reserve(vram.evaluation(model, shape, batch, new_tokens=new_tokens))
 
 
