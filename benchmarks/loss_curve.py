@@ -21,7 +21,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from g4trainer import torchvision_operators
@@ -145,7 +145,7 @@ class Bench:
             activation_checkpointing="none",
             evaluation_batch_size=1,
         )
-        device = "cuda" if self.device.type == "cuda" else "cpu"
+        device: Literal["cuda", "cpu"] = "cuda" if self.device.type == "cuda" else "cpu"
         arguments = training_arguments(recipe, plan, device=device, output_dir=str(self.root / "unused"), workers=0)
         return plan, arguments | {"logging_steps": 1}
 

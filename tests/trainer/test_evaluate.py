@@ -226,10 +226,12 @@ class Counting(Scripted):
         super().__init__(collate, [])
         self.lengths, self.widths = lengths, list[int]()
 
-    def generate(self, *, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: list[int]) -> torch.Tensor:
+    def generate(self, *, input_ids: torch.Tensor, eos_token_id: list[int], **inputs: object) -> torch.Tensor:
+        mask = inputs["attention_mask"]
+        assert isinstance(mask, torch.Tensor)
         self.widths.append(input_ids.shape[1])
-        self.texts = [LABELS[self.lengths.index(length)] for length in attention_mask.sum(dim=1).tolist()]
-        return super().generate(input_ids=input_ids, **options)
+        self.texts = [LABELS[self.lengths.index(length)] for length in mask.sum(dim=1).tolist()]
+        return super().generate(input_ids=input_ids, eos_token_id=eos_token_id)
 
 
 def test_long_prompts_are_answered_first_and_every_answer_finds_its_place() -> None:
