@@ -47,8 +47,7 @@ FRAGMENTATION = 0.03
 """Share of what is not weights that the allocator holds beside what is used."""
 CUDA_CONTEXT = 600 * 2**20
 """Held by the CUDA context, cuBLAS and Triton outside the allocator. An estimate: the driver decides."""
-ANSWER_TOKENS, CHAT_ANSWER_TOKENS = 10, 256
-"""Of a label, about; and what an answer of a chat may have at most."""
+ANSWER_TOKENS = 10
 LAYER = re.compile(r"(model\.(?:language_model|vision_tower).*?layers\.\d+)\.(.+?)(?:\.linear)?$")
 """Names of linear modules that are in a layer: the layer, and the module in it."""
 
