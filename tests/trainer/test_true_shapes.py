@@ -94,6 +94,19 @@ def test_31b_has_the_bytes_of_its_published_weights() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_run_holds_no_audio_tower(size: gemma.Size) -> None:
+    config = gemma.true_config(size)
+    facts = gemma.facts_of(config)
+    model = load_structure(config, recipes.Model(id="m", quantization="none"))
+    held = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert not any("audio" in name for name in held)
+    assert sum(held.values()) == facts.parameters == facts.published_parameters - facts.audio_parameters
+    hears = config["audio_config"] is not None
+    assert hears == (size in ("E2B", "E4B"))
+    assert (facts.audio_parameters > 300_000_000) == hears, "0.6 GB in bf16"
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_lora_target_matrix(size: gemma.Size) -> None:
     report = preflight(subject_of_size(size))
     assert report.passed
