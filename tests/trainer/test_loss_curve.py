@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
+ALIKE_STEPS = 8
+"""Later, steps of this size have made differences of rounding grow a thousandfold."""
 
 
 @pytest.fixture
@@ -26,4 +28,6 @@ def test_the_fast_path_s_losses_are_within_noise_of_the_plain_one_s(
     assert fast[0] == pytest.approx(plain[0], rel=1e-5 if fp32 else 1e-2)
     assert plain[-1] < plain[0] / 2, "it learns"
     apart, noise = (benchmark.difference(plain, one)[1] for one in (fast, other))
-    assert apart < (1e-3 if fp32 else noise)
+    assert apart < noise
+    if fp32:
+        assert fast[:ALIKE_STEPS] == pytest.approx(plain[:ALIKE_STEPS], rel=1e-4)
