@@ -303,8 +303,8 @@ class Bench:
         model = vram.Model(recipes.parse_recipe(document, source="benchmark"), described(self.config))
         encoded = self.collate.encode(self.examples[0]).input_ids
         shape = model.shape(len(encoded) - encoded.count(self.processor.image_token_id))
-        base, lora, attention = timing.forward_operations(model, shape)
-        return 2 * base + 3 * lora + 3 * attention
+        one = timing.forward_operations(model, shape)
+        return 2 * one.base + 3 * one.lora + 3 * (one.text_attention + one.vision_attention)
 
 
 class Clock(TrainerCallback):

@@ -143,15 +143,15 @@ say what to write. `g4kit resume ID --max-cost USD` sets another cap.
 
 ## How memory and time are predicted
 
-Bytes are counted from config.json: weights, adapters and optimizer exactly, activations tensor by tensor. Time is
-floating-point operations over the card's rate, with a time of its own for each micro-batch. The factors were fitted to
-the 31B on an H200, micro-batches of 504 tokens; the error of the model on each row:
+Bytes are counted from config.json: weights, adapters and optimizer exactly, activations tensor by tensor. A forward or
+backward pass takes what the card computes, floating-point operations over its rate, or what the host needs to start
+its kernels, whichever is longer. The factors were fitted on an H200; the error of the model on each row measured there:
 
 {calibration}
 
-Not calibrated yet: the other sizes, soft tokens other than 280, other ranks, other cards (scaled by their published
-rates, so their range is wide), loading and writing on Cloud Run. `benchmarks/memory_and_time.py` measures settings on a
-CUDA card and prints predicted against measured.
+Not calibrated: the E2B, micro-batches above 8, other cards (scaled by their published rates, so their range is wide),
+other hosts' processors, loading and writing on Cloud Run. `benchmarks/memory_and_time.py` measures settings on a CUDA
+card and prints predicted against measured.
 
 ## Sources
 

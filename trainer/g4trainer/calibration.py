@@ -1,91 +1,113 @@
 """What the memory and time models were fitted to, and their error on each row: `python -m g4trainer.calibration`.
 
-Measured on one H200 (torch 2.13.0, 790 TFLOP/s bf16 on large matrix products) through a bare training loop: the 31B at
-its true shapes with random NF4 weights, LoRA r=64 on all linear layers, 504 tokens a sample of which 10 are supervised,
-266 soft tokens of 2,520 patches. Memory is torch.cuda.max_memory_allocated.
+Measured on one H200 (torch 2.11.0, 790 TFLOP/s bf16 on large matrix products) through a bare training loop
+(benchmarks/memory_and_time.py): true shapes with random NF4 weights, LoRA on all linear layers, layers compiled, 10
+supervised tokens a sample. Memory is torch.cuda.max_memory_allocated.
 
-Two factors of activations come from the rows marked so, and the time of a sample from one row with eager attention, the
-kernels' own times taken from its profile. Other sizes, soft tokens and ranks follow from counting alone:
-benchmarks/memory_and_time.py measures them, and they are not calibrated until benchmarks/README.md says so.
+Two factors of activations come from the 31B's rows marked so; those of the other sizes showed what experts and clipped
+layers need not keep. The time model's constants come from the forward and backward passes of the rows marked so, each
+measured for itself. All else is a check.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from g4trainer import gemma, timing, vram
 from g4trainer.recipe import parse_recipe
 
-SHAPE = vram.Shape(tokens=504, patches=2520, supervised=10)
+TEXT_TOKENS = 238
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured setting of the 31B."""
+    """One measured setting."""
 
+    size: gemma.Size
+    r: int
+    soft_tokens: int
     step: vram.Step
-    peak_gib: float
+    peak_gib: float | None
+    """None where what a layer keeps has changed since."""
     seconds_a_sample: float | None
-    """None where the kernels of a run have changed since."""
-    fitted: str
+    """None where the kernels of a run have changed since, or are not those that a run takes."""
+    fitted: str = ""
     """What the model took from this row; empty where it is a check."""
-    note: str = ""
+    tokens: int | None = None
+    """Of a sample; None where the image fills its budget."""
+
+
+def _step(micro_batch: int, checkpointing: vram.Checkpointing, attention: vram.Attention = "eager") -> vram.Step:
+    return vram.Step(micro_batch, checkpointing, attention, accumulates=False)
 
 
 ROWS = (
-    Row(vram.Step(4, "none", "sdpa", accumulates=False), 71.8, 0.208, "memory"),
-    Row(vram.Step(4, "none", "eager", accumulates=False), 78.9, 0.1674, "memory, time"),
-    Row(vram.Step(6, "none", "eager", accumulates=False), 106.3, None, "memory"),
-    Row(vram.Step(2, "full", "sdpa", accumulates=False, compiled=False), 26.3, 0.655, "", "not compiled"),
-    Row(vram.Step(8, "full", "sdpa", accumulates=False, compiled=False), 30.5, 0.443, "", "not compiled"),
-    Row(vram.Step(2, "full", "sdpa", accumulates=True, compiled=False), 27.4, 0.769, "", "not compiled, 2 x 4"),
+    Row("31B", 64, 280, _step(4, "none", "sdpa"), 71.8, None, "memory", tokens=504),
+    Row("31B", 64, 280, _step(4, "none"), 78.9, 0.1674, "memory", tokens=504),
+    Row("31B", 64, 280, _step(6, "none"), 106.3, None, "memory", tokens=504),
+    Row("31B", 64, 280, _step(1, "full"), 25.4, 0.712, "time"),
+    Row("31B", 64, 280, _step(8, "full"), 29.3, 0.255, "time"),
+    Row("31B", 64, 280, _step(8, "half"), 81.8, 0.216),
+    Row("31B", 64, 280, _step(4, "none"), 80.2, 0.184, "time"),
+    Row("31B", 64, 1120, _step(1, "none", "sdpa"), 60.9, 1.002, "time"),
+    Row("31B", 16, 280, _step(4, "none"), 74.7, 0.186),
+    Row("31B", 16, 70, _step(8, "none"), 72.0, 0.095, "time"),
+    Row("26B-A4B", 64, 280, _step(4, "none"), 42.3, 0.083, "memory", tokens=504),
+    Row("E4B", 64, 280, _step(8, "none"), 47.6, 0.045, "memory", tokens=504),
 )
 """Left out: rows whose patch embedder was quantized (80.2 GiB at 4, 94.3 at 5: the vision tower then partly computes
-in fp32), and those with torch._functorch's activation memory budget, which no recipe sets."""
+in fp32), those with torch._functorch's activation memory budget, which no recipe sets, and those of layers that are not
+compiled."""
 
 
-def model_31b() -> vram.Model:
-    document = {"name": "calibration", "model": {"id": "gemma-4-31B-it"}, "data": {"dataset": "random"}}
-    return vram.Model(parse_recipe(document, source="calibration"), gemma.true_config("31B"))
+def model_of(row: Row) -> vram.Model:
+    document = {
+        "name": "calibration",
+        "model": {"id": f"gemma-4-{row.size}-it", "max_soft_tokens": row.soft_tokens},
+        "lora": {"r": row.r, "lora_alpha": row.r},
+        "data": {"dataset": "random"},
+    }
+    return vram.Model(parse_recipe(document, source="calibration"), gemma.true_config(row.size))
 
 
-def memory_error(row: Row) -> float:
+def shape_of(row: Row) -> vram.Shape:
+    full = model_of(row).shape(TEXT_TOKENS)
+    return replace(full, tokens=row.tokens or full.tokens)
+
+
+def memory_error(row: Row) -> float | None:
     """Predicted peak against measured, less 1."""
-    return vram.training(model_31b(), SHAPE, row.step).total / vram.GIB / row.peak_gib - 1
+    if row.peak_gib is None:
+        return None
+    return vram.training(model_of(row), shape_of(row), row.step).total / vram.GIB / row.peak_gib - 1
 
 
 def time_error(row: Row) -> float | None:
-    """Predicted seconds a sample against measured, less 1; None for what the time model does not describe.
-
-    It describes what a run does on a GPU: compiled layers, and eager attention at these lengths.
-    """
-    if not row.step.compiled or row.step.attention != "eager" or row.seconds_a_sample is None:
+    """Predicted seconds a sample against measured, less 1."""
+    if row.seconds_a_sample is None:
         return None
-    accumulation = 4 if row.step.accumulates else 1
     seconds = timing.step_seconds(
-        model_31b(),
-        SHAPE,
+        model_of(row),
+        shape_of(row),
         timing.CARDS[timing.CALIBRATED_ON],
         micro_batch=row.step.micro_batch,
         checkpointing=row.step.checkpointing,
-        accumulation=accumulation,
+        accumulation=1,
     )
-    return seconds / (row.step.micro_batch * accumulation) / row.seconds_a_sample - 1
+    return seconds / row.step.micro_batch / row.seconds_a_sample - 1
 
 
 def markdown() -> str:
     """The table of all rows."""
-    lines = [
-        "| batch | checkpointing | attention | GiB measured | memory error | s/sample | time error | used for |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = "size, r, soft tokens, batch, checkpointing, attention, GiB, memory error, s/sample, time error, used for"
+    columns = titles.split(", ")
+    lines = [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
     for row in ROWS:
-        seconds = time_error(row)
-        used = f"fitting {row.fitted}" if row.fitted else "checking"
+        memory, seconds = memory_error(row), time_error(row)
         lines.append(
-            f"| {row.step.micro_batch} | {row.step.checkpointing} | {row.step.attention} | {row.peak_gib} "
-            f"| {memory_error(row):+.1%} | {row.seconds_a_sample or 'older kernels'} "
-            f"| {'not modelled' if seconds is None else f'{seconds:+.1%}'} "
-            f"| {used}{', ' * bool(row.note)}{row.note} |"
+            f"| {row.size} | {row.r} | {row.soft_tokens} | {row.step.micro_batch} | {row.step.checkpointing} "
+            f"| {row.step.attention} | {row.peak_gib or '-'} | {'-' if memory is None else f'{memory:+.1%}'} "
+            f"| {row.seconds_a_sample or '-'} | {'-' if seconds is None else f'{seconds:+.1%}'} "
+            f"| {f'fitting {row.fitted}' if row.fitted else 'checking'} |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
 """Seconds of a run, from floating-point operations, the card's rates and measured efficiency; no torch is needed.
 
-A micro-batch takes a time of its own (dequantizing every weight, starting every layer's kernels) and a time for each
-sample. Both were fitted to steps of the 31B on an H200 (`python -m g4trainer.calibration` prints them); other cards
-are scaled by their published rates, which is why their range is wide.
+A pass over a micro-batch takes what the card computes, or what the host needs to start every kernel of every layer,
+whichever is longer: small models and small micro-batches wait for the host. All was fitted to steps on an H200
+(`python -m g4trainer.calibration` prints them); other cards are scaled by their published rates, which is why their
+range is wide.
 """
 
 import math
@@ -11,23 +12,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from g4trainer.recipe import Recipe
-from g4trainer.vram import ADAM, FP32, GIB, Checkpointing, Model, Shape
+from g4trainer.vram import ADAM, FP32, GIB, Checkpointing, Model, Shape, attention_for
 
 RECOMPUTED: Mapping[Checkpointing, float] = {"none": 0.0, "half": 0.5, "full": 1.0}
 """Share of the forward pass that the backward pass computes again."""
 ACHIEVED_RATE = 0.8
 """Of a card's published dense bf16 rate, what large matrix products reach: 790 of 989 TFLOP/s measured on an H200."""
-EFFICIENCY = 0.75
-"""Of that, what the samples of a compiled step of the 31B reach. Fitted. Smaller sizes reach less: a step of the E4B at
-a micro-batch of 8 took 1.5 times what this says, one of the 26B-A4B at 4 twice."""
-PREFILL_EFFICIENCY = 0.65
-"""The same for prompts of the evaluation, compiled: 0.070 s an image measured."""
+FORWARD_EFFICIENCY, BACKWARD_EFFICIENCY = 0.60, 0.58
+"""Of that, what the matrix products of a compiled pass reach, element-wise work included. Fitted."""
+ATTENTION_BACKWARD_EFFICIENCY = 0.25
+"""The same for attention in the backward pass. Fitted."""
+MASKED_FORWARD_EFFICIENCY, MASKED_BACKWARD_EFFICIENCY = 0.10, 0.045
+"""The same for the text layers' scaled_dot_product_attention, which has a mask and heads of 256 and 512. Fitted."""
+LINEAR_FORWARD_S, LINEAR_BACKWARD_S = 0.00044, 0.00019
+"""The host's time to start a linear module's kernels and its share of those between. Of the 31B at a micro-batch of 1;
+it goes by the host's processor."""
+STEP_S = 0.02
+"""Clipping, the optimizer's and the loss's own kernels, and the wait for them."""
+PREFILL_EFFICIENCY = 0.60
+"""For prompts of the evaluation, compiled: with the tokens it gives the 0.092 s an image that were measured."""
 DEQUANTIZATION = 0.73
 """Of a card's published bandwidth, what dequantizing reaches: 43.7 ms for both passes over the 31B, on an H200."""
 DEQUANTIZED_BYTES = 0.5 + 2
 """For each weight: read at 4 bits, written in bf16."""
-LAYER_S = 0.00085
-"""For a forward or a backward pass of one layer's kernels, beside their work. Fitted."""
 TOKEN_LAYER_S = 0.003
 """For one text layer of one generated token, not compiled. From 0.17 to 0.30 s a token measured at 60 layers."""
 OPTIMIZER_BYTES = 2 * FP32 + 2 * FP32 + 2 * ADAM
@@ -105,20 +112,34 @@ def step_seconds(
     model: Model, shape: Shape, card: Card, *, micro_batch: int, checkpointing: Checkpointing, accumulation: int
 ) -> float:
     """Of one optimizer step."""
-    again = RECOMPUTED[checkpointing]
     rate = card.tflops * 1e12 * ACHIEVED_RATE
-    base, lora, attention = forward_operations(model, shape)
-    sample = (base * (2 + again) + lora * (3 + again) + attention * (3.5 + again)) / (rate * EFFICIENCY)
-    passes = _weights_pass_s(model, card) + LAYER_S * len(model.layers)
+    operations = forward_operations(model, shape)
+    masked = attention_for(model.recipe.model.attn_implementation, shape.tokens) == "sdpa"
+    forward = (operations.base + operations.lora + operations.vision_attention) / (rate * FORWARD_EFFICIENCY)
+    forward += operations.text_attention / (rate * (MASKED_FORWARD_EFFICIENCY if masked else FORWARD_EFFICIENCY))
+    backward = (operations.base + 2 * operations.lora) / (rate * BACKWARD_EFFICIENCY)
+    backward += 2.5 * operations.vision_attention / (rate * ATTENTION_BACKWARD_EFFICIENCY)
+    backward += (
+        2.5
+        * operations.text_attention
+        / (rate * (MASKED_BACKWARD_EFFICIENCY if masked else ATTENTION_BACKWARD_EFFICIENCY))
+    )
+    weights, linears = _weights_pass_s(model, card), len(model.facts.linears)
+    again = RECOMPUTED[checkpointing]
+    seconds = max(weights + micro_batch * forward, linears * LINEAR_FORWARD_S)
+    seconds += max(
+        weights * (1 + again) + micro_batch * (backward + again * forward),
+        linears * (LINEAR_BACKWARD_S + again * LINEAR_FORWARD_S),
+    )
     optimizer = model.lora_parameters * OPTIMIZER_BYTES / (card.bandwidth_gb_s * 1e9)
-    return accumulation * (passes * (2 + again) + micro_batch * sample) + optimizer
+    return accumulation * seconds + optimizer + STEP_S
 
 
 def answer_seconds(model: Model, shape: Shape, card: Card, *, batch: int) -> float:
     """Of one image of the evaluation."""
     rate = card.tflops * 1e12 * ACHIEVED_RATE * PREFILL_EFFICIENCY
     token = _weights_pass_s(model, card) + TOKEN_LAYER_S * model.facts.text_layers
-    return sum(forward_operations(model, shape)) / rate + ANSWER_STEPS * token / batch
+    return forward_operations(model, shape).total / rate + ANSWER_STEPS * token / batch
 
 
 def estimate_time(
@@ -178,20 +199,38 @@ def attempts_needed(total_s: float, load_s: float, timeout_s: int) -> int:
 
 
 def _weights_pass_s(model: Model, card: Card) -> float:
-    """Seconds to dequantize every weight once."""
+    """Seconds to dequantize every weight once, the experts' too."""
     quantized = sum(one.parameters for one in model.quantized)
+    if model.quantized:
+        quantized += model.facts.expert_parameters
     return quantized * DEQUANTIZED_BYTES / (card.bandwidth_gb_s * 1e9 * DEQUANTIZATION)
 
 
-def forward_operations(model: Model, shape: Shape) -> tuple[float, float, float]:
-    """Of one sample's forward pass: the base model's matrix products, those of LoRA, and attention."""
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of one sample's forward pass."""
+
+    base: float
+    """The base model's matrix products."""
+    lora: float
+    text_attention: float
+    vision_attention: float
+
+    @property
+    def total(self) -> float:
+        return self.base + self.lora + self.text_attention + self.vision_attention
+
+
+def forward_operations(model: Model, shape: Shape) -> Operations:
+    """Of one sample."""
     lengths = {"vision": shape.patches}
-    base = lora = attention = 0.0
+    base = lora = 0.0
+    attention = {"text": 0.0, "vision": 0.0}
     for linear in model.facts.linears:
         length = lengths.get(linear.group, shape.tokens)
         base += 2 * linear.parameters * length
         if linear.name.endswith(("q_proj", "q_proj.linear")):
-            attention += 4 * length**2 * linear.outputs
+            attention["vision" if linear.group == "vision" else "text"] += 4 * length**2 * linear.outputs
     for linear in model.adapted:
         lora += 2 * model.recipe.lora.r * (linear.inputs + linear.outputs) * lengths.get(linear.group, shape.tokens)
     passed = model.expert_share * shape.tokens  # tokens of each expert
@@ -200,7 +239,7 @@ def forward_operations(model: Model, shape: Shape) -> tuple[float, float, float]
         sum(2 * model.recipe.lora.r * one.experts * (one.inputs + one.outputs) for one in model.adapted_experts)
         * passed
     )
-    return base, lora, attention
+    return Operations(base, lora, attention["text"], attention["vision"])
 
 
 def describe(time: Time) -> Mapping[str, Any]:
