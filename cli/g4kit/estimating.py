@@ -55,7 +55,8 @@ class Estimate:
         if self.fits:
             return
         fit, card = self.fit, self.hardware.title
-        what = "evaluation" if fit.training.total <= fit.free_bytes else "training"
+        needs = {"training": fit.training.total, "evaluation": fit.evaluation.total, "loading": fit.loading}
+        what = next(name for name, total in needs.items() if total > fit.free_bytes)
         raise DoesNotFitError(
             f"{self.recipe.name}: {what} needs {_gib(fit.needed)}, and {card} has {_gib(fit.free_bytes)} free; "
             + (f"write {_options(self.nearest[0])}." if self.nearest else "write a larger job.accelerator.")
@@ -141,6 +142,7 @@ def estimate(
         planned = planner.with_changes(recipe, [f'job.accelerator="{hardware.accelerator}"'])
     else:
         planned = recipe
+    planned = planner.for_card(planned, hardware.memory_bytes if hardware.is_gpu else None)
     if hardware.is_gpu:
         model = planner.model_for(planned, config, hardware.free_bytes)
     else:
@@ -239,7 +241,11 @@ def _nearest(recipe: Recipe, config: Mapping[str, Any], hardware: Hardware) -> l
     if not hardware.is_gpu:
         return []
     changes = planner.nearest_fits(recipe, config, hardware.free_bytes)
-    same_result = [change for change in changes if "model." not in change and "lora." not in change]
+    same_result = [
+        change
+        for change in changes
+        if not any(section in change.replace(planner.EMBEDDINGS_ON_HOST, "") for section in ("model.", "lora."))
+    ]
     others = [change for change in changes if change not in same_result]
     model = vram.Model(recipe, config)
     shape = model.shape(planner.expected_text_tokens(recipe))
@@ -255,7 +261,7 @@ def _nearest(recipe: Recipe, config: Mapping[str, Any], hardware: Hardware) -> l
 def _smaller_models(recipe: Recipe, hardware: Hardware) -> list[str]:
     """Of the published sizes, the largest below the recipe's that fits the card."""
     named = PUBLISHED.search(recipe.model.id)
-    if named is None:
+    if named is None or recipe.lora.target_parameters:  # of 26B-A4B alone
         return []
     sizes: tuple[gemma.Size, ...] = ("31B", "26B-A4B", "E4B", "E2B")
     own = [size.lower() for size in sizes].index(named[1].lower())

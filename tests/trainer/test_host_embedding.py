@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from g4trainer import gemma, tiny, vram
+from g4trainer import gemma, planner, tiny, vram
 from g4trainer import recipe as recipes
 from g4trainer.host_embedding import HostEmbedding, embeddings_on_host, keep_on_host
 from trainer.making import CPU, adapted_model, base_model, collator, examples, inputs_of, logits
@@ -69,3 +69,45 @@ def test_the_memory_model_leaves_them_out(size: gemma.Size, gigabytes: float) ->
         return sum(made.weights.values())
 
     assert (weights("card") - weights("host")) / 1e9 == pytest.approx(gigabytes, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("setting", "gib", "expected"),
+    [
+        ("auto", 16, True),
+        ("auto", 24, False),
+        ("auto", None, False),
+        ("card", 8, False),
+        ("host", 96, True),
+        ("host", None, False),
+    ],
+)
+def test_trainer_and_estimate_decide_by_the_same_rule(
+    setting: str, gib: int | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = None if gib is None else gib * vram.GIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total, total))
+    settings = recipes.Model.model_validate({"id": "a", "per_layer_embeddings": setting})
+    assert embeddings_on_host(settings, CPU if gib is None else torch.device("cuda")) is expected
+    recipe = recipes.parse_recipe(
+        {"name": "a", "model": settings.model_dump(), "data": {"dataset": "b"}, "job": {"accelerator": "nvidia-l4"}},
+        source="a",
+    )
+    planned = planner.for_card(recipe, total)
+    counted = vram.Model(planned, gemma.true_config("E4B"))
+    assert (counted.host_bytes > 0) is expected
+    table = 2 * counted.facts.per_layer_embedding_parameters
+    everything = vram.Model(planner.for_card(recipe, None), gemma.true_config("E4B"))
+    assert sum(counted.weights.values()) == sum(everything.weights.values()) - (table if expected else 0)
+    assert counted.loading == everything.loading, "while the weights are read they are all on the card"
+
+
+def test_a_card_that_cannot_hold_them_while_loading_is_refused() -> None:
+    document = {"name": "a", "model": {"id": "a"}, "data": {"dataset": "b"}, "lora": {"r": 8}}
+    recipe = planner.for_card(recipes.parse_recipe(document, source="a"), 8 * vram.GIB)
+    model = vram.Model(recipe, gemma.true_config("E4B"))
+    shape = model.shape(100)
+    free = model.loading - 1
+    assert free > planner.best_fit(model, shape, free).training.total, "training alone would fit"
+    assert not planner.best_fit(model, shape, free).fits
+    assert planner.best_fit(model, shape, free + 1).fits

@@ -12,9 +12,7 @@ import torch
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
 from g4trainer import recipe as recipes
-
-SMALL_CARD_BYTES = 16 * 2**30
-"""Cards up to this size keep them on the host unless the recipe says otherwise."""
+from g4trainer import vram
 
 
 class HostEmbedding(Gemma4TextScaledWordEmbedding):
@@ -30,10 +28,13 @@ class HostEmbedding(Gemma4TextScaledWordEmbedding):
 
 
 def embeddings_on_host(settings: recipes.Model, device: torch.device) -> bool:
-    """What the recipe says; by default, whether a card is small."""
-    if settings.per_layer_embeddings == "auto":
-        return device.type == "cuda" and bool(torch.cuda.mem_get_info()[1] <= SMALL_CARD_BYTES)
-    return settings.per_layer_embeddings == "host" and bool(device.type == "cuda")
+    """What the recipe says; by default, whether the card is small."""
+    return vram.embeddings_on_host(settings.per_layer_embeddings, card_bytes(device))
+
+
+def card_bytes(device: torch.device) -> int | None:
+    """Memory of the device in all; None where it is no card."""
+    return int(torch.cuda.mem_get_info()[1]) if device.type == "cuda" else None
 
 
 def keep_on_host(model: torch.nn.Module) -> int:

@@ -13,6 +13,7 @@ from g4trainer.vram import Checkpointing
 
 MAX_CPU_MICRO_BATCH, CPU_EVALUATION_BATCH = 32, 64
 """On a CPU larger batches save nothing and take memory."""
+EMBEDDINGS_ON_HOST = 'model.per_layer_embeddings="host"'
 EVALUATIONS_A_RUN = 10
 LOG_LINES_A_RUN = 400
 DATALOADER_WORKERS = {"cuda": 4, "cpu": 0}
@@ -172,11 +173,13 @@ class Fit:
     training: vram.Memory
     """At the peak, the allocator's reserve included."""
     evaluation: vram.Memory
+    loading: int
+    """Bytes when the last weight was read."""
     free_bytes: int
 
     @property
     def needed(self) -> int:
-        return max(self.training.total, self.evaluation.total)
+        return max(self.training.total, self.evaluation.total, self.loading)
 
     @property
     def fits(self) -> bool:
@@ -189,7 +192,7 @@ def what_fits(
     """What `choose_plan` asks the machine: the fastest micro_batch, activation_checkpointing and
     evaluation_batch_size within a card's memory.
 
-    config: the parsed config.json of the model.
+    recipe: as `for_card` makes it. config: the parsed config.json of the model.
     free_bytes: what this process may hold on the card in all, the weights that are there already included.
     text_tokens: of the longest sample, all but the image's; None goes by the recipe.
     Where nothing fits, it is what needs least: the card then has the last word.
@@ -202,6 +205,12 @@ def what_fits(
         "activation_checkpointing": fit.activation_checkpointing,
         "evaluation_batch_size": fit.evaluation_batch_size,
     }
+
+
+def for_card(recipe: Recipe, card_bytes: int | None) -> Recipe:
+    """The recipe with what "auto" of `model.per_layer_embeddings` is on a card of that memory in all; None without."""
+    where = "host" if vram.embeddings_on_host(recipe.model.per_layer_embeddings, card_bytes) else "card"
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"per_layer_embeddings": where})})
 
 
 def model_for(recipe: Recipe, config: Mapping[str, Any], free_bytes: int) -> vram.Model:
@@ -221,7 +230,9 @@ def best_fit(model: vram.Model, shape: vram.Shape, free_bytes: int) -> Fit:
     best = fitting[0] if fitting else min(allowed, key=lambda setting: setting.memory.total)
     batch = _evaluation_batch(model, shape, free_bytes)
     evaluation = evaluation_memory(model, shape, batch)
-    return Fit(best.micro_batch, best.activation_checkpointing, batch, best.memory, evaluation, free_bytes)
+    return Fit(
+        best.micro_batch, best.activation_checkpointing, batch, best.memory, evaluation, model.loading, free_bytes
+    )
 
 
 @dataclass(frozen=True)
@@ -275,7 +286,8 @@ def cpu_fit(model: vram.Model, shape: vram.Shape, free_bytes: int) -> Fit:
     step = vram.Step(micro, checkpointing, "sdpa", training.effective_batch_size > micro, compiled=False)
     batch = CPU_EVALUATION_BATCH if batch == "auto" else batch
     peak = vram.with_reserve(vram.training(model, shape, step))
-    return Fit(micro, checkpointing, batch, peak, evaluation_memory(model, shape, batch), free_bytes)
+    evaluation = evaluation_memory(model, shape, batch)
+    return Fit(micro, checkpointing, batch, peak, evaluation, model.loading, free_bytes)
 
 
 def training_memory(model: vram.Model, shape: vram.Shape, micro: int, checkpointing: Checkpointing) -> vram.Memory:
@@ -301,6 +313,9 @@ def nearest_fits(recipe: Recipe, config: Mapping[str, Any], free_bytes: int) -> 
     """
     automatic = 'training.per_device_train_batch_size="auto"', 'training.activation_checkpointing="auto"'
     changes: list[tuple[str, ...]] = [automatic]
+    on_card = recipe.model.per_layer_embeddings != "host"
+    if on_card and vram.Model(recipe, config).facts.per_layer_embedding_parameters:
+        changes.append((*automatic, EMBEDDINGS_ON_HOST))
     fewer = [soft for soft in reversed(SOFT_TOKENS) if soft < recipe.model.max_soft_tokens]
     changes += [(*automatic, f"model.max_soft_tokens={soft}") for soft in fewer]
     changes += [(*automatic, f"lora.r={r}") for r in (32, 16, 8) if r < recipe.lora.r]

@@ -17,6 +17,7 @@ from g4trainer import vram
 from g4trainer.dataset import Splits
 from g4trainer.evaluate import half_batch
 from g4trainer.exits import MemoryPart, OutOfMemory
+from g4trainer.host_embedding import card_bytes
 from g4trainer.metrics import Publisher, Status
 from g4trainer.planner import (
     CPU_EVALUATION_BATCH,
@@ -24,6 +25,7 @@ from g4trainer.planner import (
     Plan,
     Setting,
     choose_plan,
+    for_card,
     loader_workers,
     model_for,
     settings_of,
@@ -75,7 +77,7 @@ class RunPlan:
             **self._what_fits(text_tokens),
         )
         if trial is not None:
-            model = vram.Model(self._recipe, self._model_config)
+            model = vram.Model(self._recipe_here, self._model_config)
             self.current = trial(self.current, settings_of(model, model.shape(text_tokens)))
         self._write()
 
@@ -163,7 +165,7 @@ class RunPlan:
                 "activation_checkpointing": "none",
                 "evaluation_batch_size": CPU_EVALUATION_BATCH,
             }
-        return what_fits(self._recipe, self._model_config, self._free_bytes(), text_tokens=text_tokens)
+        return what_fits(self._recipe_here, self._model_config, self._free_bytes(), text_tokens=text_tokens)
 
     def _loader_workers(self, plan: Plan) -> int:
         here = min(self._ranks.size, torch.cuda.device_count())
@@ -178,6 +180,11 @@ class RunPlan:
         """What a process may hold on its GPU, of all ranks the least."""
         free, _ = torch.cuda.mem_get_info()
         return int(self._ranks.least(free + torch.cuda.memory_reserved()))
+
+    @cached_property
+    def _recipe_here(self) -> Recipe:
+        """The recipe as it is on this card."""
+        return for_card(self._recipe, card_bytes(self._device))
 
     @cached_property
     def _model_config(self) -> dict[str, Any]:

@@ -16,10 +16,13 @@ from g4trainer.recipe import Recipe
 Checkpointing = Literal["none", "half", "full"]
 Attention = Literal["eager", "sdpa"]
 AttentionSetting = Literal["auto", "eager", "sdpa"]
+EmbeddingsSetting = Literal["auto", "card", "host"]
 
 GIB = 2**30
 BF16, FP32 = 2, 4
 
+SMALL_CARD_BYTES = 16 * GIB
+"""Cards up to this size keep per-layer embeddings on the host unless the recipe says otherwise."""
 UNQUANTIZED_LINEARS = ("router.proj", "patch_embedder.input_proj")
 """Linear modules that stay in bf16, as suffixes of their names (g4trainer.quantization says why)."""
 NF4_BLOCK, STATISTICS_BLOCK = 64, 256
@@ -118,8 +121,10 @@ class Model:
         self.adapted_experts = lora_targets.adapted_experts(self.facts, recipe.lora)
         self.lora_parameters = lora_targets.lora_parameters(self.facts, recipe.lora)
         kept = self.facts.parameters - sum(one.parameters for one in self.quantized)
-        if recipe.model.per_layer_embeddings == "host":
-            kept -= self.facts.per_layer_embedding_parameters
+        on_host = recipe.model.per_layer_embeddings == "host" and shards == 1  # "auto": see planner.for_card
+        self.host_bytes = self.facts.per_layer_embedding_parameters * number_bytes if on_host else 0
+        """Of embeddings that are moved off the card once all weights are read."""
+        kept -= self.host_bytes // number_bytes
         experts = [one.parameters for one in self.facts.expert_weights]
         self.weights = {
             "weights in NF4": sum(_nf4_bytes(one.parameters) for one in self.quantized),
@@ -139,6 +144,11 @@ class Model:
         self.patches_a_token = int(config["vision_config"].get("pooling_kernel_size", 3)) ** 2
 
     @property
+    def loading(self) -> int:
+        """Bytes when the last weight was read, before any is moved to the host."""
+        return sum(self.weights.values()) + self.host_bytes
+
+    @property
     def loaded(self) -> int:
         """Bytes once the base model is there with its adapters, before the first step."""
         return sum(self.weights.values()) + self.lora_parameters * FP32
@@ -147,6 +157,16 @@ class Model:
         """A sample of one image that fills its budget. text_tokens: all tokens that are not the image's."""
         budget = self.recipe.model.max_soft_tokens
         return Shape(budget + text_tokens, budget * self.patches_a_token, ANSWER_TOKENS)
+
+
+def embeddings_on_host(setting: EmbeddingsSetting, card_bytes: int | None) -> bool:
+    """Whether a run keeps per-layer embeddings off its card.
+
+    setting: `model.per_layer_embeddings` of the recipe. card_bytes: the card's memory in all; None without a card.
+    """
+    if card_bytes is None:
+        return False
+    return setting == "host" or (setting == "auto" and card_bytes <= SMALL_CARD_BYTES)
 
 
 def attention_for(setting: AttentionSetting, tokens: int) -> Attention:
