@@ -84,14 +84,15 @@ def plan_evaluation(
     test_size: str | None,
     max_cost: float | None,
     accelerator: str | None = None,
+    provisioning: str | None = None,
 ) -> EvaluationPlan:
     """Reads and checks everything, writes nothing. test_size: None for as many samples as the run's own evaluation.
 
-    accelerator: another than the run's.
+    accelerator, provisioning: others than the run's.
     Raises RunNotFoundError, PredictError where the run has not finished, EvaluateError with all problems,
     DoesNotFitError, BudgetError.
     """
-    where = on_one_gpu(require_finished(cloud, run_id), cloud.target, accelerator)
+    where = on_one_gpu(require_finished(cloud, run_id), cloud.target, accelerator, provisioning)
     recipe = with_changes(
         where.recipe, ['evaluation.batch_size="auto"']
     )  # what does not fit is answered in smaller ones

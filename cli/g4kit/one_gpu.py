@@ -39,9 +39,14 @@ class OneGpu:
         }
 
 
-def on_one_gpu(recipe: Recipe, target: str, accelerator: str | None = None) -> OneGpu:
-    """accelerator: another than the run's. Raises UserError for one that is not known, and on the local target, which
-    takes what this machine has."""
+def on_one_gpu(recipe: Recipe, target: str, accelerator: str | None = None, provisioning: str | None = None) -> OneGpu:
+    """accelerator, provisioning: others than the run's.
+
+    Raises UserError for what the target does not have: the local one takes what this machine has, and only Vertex AI
+    has machines in several ways.
+    """
+    if provisioning and target != "vertex":
+        raise UserError(f"--provisioning: got {provisioning} for target {target}, which has one way; leave it out.")
     if accelerator and target == "local":
         raise UserError(f"--accelerator: got {accelerator} for target local, which takes this machine's; leave it out.")
     known = [name for name, gpu in ACCELERATORS.items() if target in gpu.platforms]
@@ -50,4 +55,6 @@ def on_one_gpu(recipe: Recipe, target: str, accelerator: str | None = None) -> O
     card = accelerator or recipe.job.accelerator
     machine = smallest_machine(card) if target == "vertex" else None
     changes = [f'job.accelerator="{card}"', "job.gpus=1", "job.hosts=1"]
+    if provisioning:
+        changes.append(f'job.provisioning="{provisioning}"')
     return OneGpu(with_changes(recipe, changes), machine.gpus if machine else 1)

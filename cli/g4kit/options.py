@@ -48,6 +48,11 @@ accelerator_option = click.option(
 yes_option = click.option(
     "--yes", "-y", is_flag=True, help="Do not ask before spending money. The local target spends none."
 )
+provisioning_option = click.option(
+    "--provisioning",
+    type=click.Choice(["on-demand", "spot", "flex-start"]),
+    help="How Vertex AI gets the machine. Default: as the run's.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 price_table_option = click.option(
     "--price-table",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from google.cloud.aiplatform_v1.types import Scheduling
 
 import made_up_model
 from cli.bench import RECIPE, STANDIN
@@ -180,14 +181,15 @@ def machines(google: FakeGoogleCloud) -> list[str]:
 
 
 def test_images_are_answered_on_one_gpu(call: Call, google: FakeGoogleCloud, run_id: str) -> None:
-    before = {path for path in google.mount.rglob("*") if path.is_file()}
     told = call("predict", run_id, "one.png", "--yes", "--json")
     assert told.exit_code == 0, told.stderr
     [answer] = json.loads(told.stdout)["answers"]
     assert answer["after"]["prediction"] == "1 bytes"
     assert "one execution on nvidia-h100-80gb: 12.00 USD an hour" in told.stderr
     assert machines(google) == ["a3-highgpu-8g x 1", "a3-highgpu-1g x 1"]
-    assert {path for path in google.mount.rglob("*") if path.is_file()} == before, "nothing of the request is left"
+    wait_until(lambda: {job.state for job in google.vertex.jobs.values()}, lambda one: one == {"JOB_STATE_SUCCEEDED"})
+    left = [path for path in google.mount.glob("runs/*/requests/**/*") if path.is_file()]
+    assert left == [], "nothing of the request"
     assert json.loads(call("runs", run_id, "--json").stdout)["execution"] == next(iter(google.vertex.jobs))
 
 
@@ -203,8 +205,11 @@ def test_another_card_may_be_taken(call: Call, google: FakeGoogleCloud, run_id: 
     )
     elsewhere = call("export", run_id, "--yes", "--accelerator", "nvidia-l4")
     assert (elsewhere.exit_code, 'got "nvidia-l4" for target vertex' in elsewhere.stderr) == (2, True)
-    local = call("predict", run_id, "one.png", "--accelerator", "nvidia-l4", "--target", "local")
-    assert local.exit_code == 2
+    assert call("predict", run_id, "one.png", "--yes", "--provisioning", "spot").exit_code == 0
+    asked = [job.asked["jobSpec"]["scheduling"]["strategy"] for job in google.vertex.jobs.values()]
+    assert [Scheduling.Strategy(one).name for one in asked] == ["STANDARD", "STANDARD", "SPOT"]
+    other = call("predict", run_id, "one.png", "--provisioning", "spot", "--target", "cloudrun")
+    assert (other.exit_code, "--provisioning: got spot for target cloudrun" in other.stderr) == (2, True)
 
 
 def test_cloud_run_evaluates_what_vertex_ai_trained(call: Call, google: FakeGoogleCloud, run_id: str) -> None:

@@ -143,6 +143,16 @@ def test_a_container_that_was_started_again_goes_on_counting(tmp_path: Path) -> 
     assert [attempt["exit_code"] for attempt in noted(tmp_path)] == [1, 1, 1, None]
 
 
+def test_a_file_that_was_taken_away_is_not_written_again(tmp_path: Path) -> None:
+    process = start(tmp_path, 1, "print:up", "sleep:0.5")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    (tmp_path / "launches" / "0a1b.attempts.json").unlink()
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert list((tmp_path / "launches").iterdir()) == []
+
+
 def test_a_file_that_cannot_be_written_ends_no_attempt(tmp_path: Path) -> None:
     (tmp_path / "launches").touch()
     process = start(tmp_path, 1, "print:done")

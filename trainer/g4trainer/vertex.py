@@ -155,6 +155,7 @@ class Attempts:
     grace_s: float
     _noted: list[dict[str, Any]] = field(default_factory=list)
     _stopped: bool = False
+    _written: bool = False
 
     def stop(self, *_: object) -> None:
         """Ends the attempt that runs, and starts no other."""
@@ -232,11 +233,12 @@ class Attempts:
         }
 
     def _write(self) -> None:
-        if self.path is None:
-            return
+        if self.path is None or (self._written and not self.path.exists()):
+            return  # whoever asked has their answer, and took it away
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rundir.write_json(self.path, {"attempts": self._noted})
+            self._written = True
         except OSError as error:  # a bucket out of reach for a moment ends no attempt
             print(f"g4kit: {self.path}: cannot be written ({error})", file=sys.stderr, flush=True)
 

@@ -2,7 +2,14 @@ from typing import Any
 
 import click
 
-from g4kit.options import accelerator_option, json_option, run_id_argument, target_option, yes_option
+from g4kit.options import (
+    accelerator_option,
+    json_option,
+    provisioning_option,
+    run_id_argument,
+    target_option,
+    yes_option,
+)
 from g4kit.output import duration, print_data, print_json, say
 from g4kit.targets import open_cloud
 
@@ -18,6 +25,7 @@ MAX_SHARDS = 100
 @yes_option
 @click.option("--max-cost", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="Cap on one execution.")
 @accelerator_option
+@provisioning_option
 @target_option
 @json_option
 def command(
@@ -29,6 +37,7 @@ def command(
     yes: bool,
     max_cost: float | None,
     accelerator: str | None,
+    provisioning: str | None,
     target: str | None,
     as_json: bool,
 ) -> None:
@@ -47,7 +56,7 @@ def command(
     if test_size and test_size != "all" and not (test_size.isdecimal() and int(test_size)):
         raise click.UsageError(f'--test-size: got {test_size}; write a number of samples, or "all".')
     cloud = open_cloud(target)
-    plan = plan_evaluation(cloud, run_id, shards, test_size, max_cost, accelerator)
+    plan = plan_evaluation(cloud, run_id, shards, test_size, max_cost, accelerator, provisioning)
     result = read_evaluation(cloud, plan)
     if result:
         say(f"run {run_id}: was evaluated like this before")

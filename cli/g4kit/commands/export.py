@@ -4,7 +4,14 @@ from typing import Any
 import click
 
 from g4kit.cloud.base import Cloud
-from g4kit.options import accelerator_option, json_option, run_id_argument, target_option, yes_option
+from g4kit.options import (
+    accelerator_option,
+    json_option,
+    provisioning_option,
+    run_id_argument,
+    target_option,
+    yes_option,
+)
 from g4kit.output import print_data, print_json, say, size
 from g4kit.targets import open_cloud
 
@@ -30,6 +37,7 @@ from g4kit.targets import open_cloud
 @click.option("--no-compare", is_flag=True, help="Do not load the merged model and compare it.")
 @yes_option
 @accelerator_option
+@provisioning_option
 @target_option
 @json_option
 def command(
@@ -40,6 +48,7 @@ def command(
     no_compare: bool,
     yes: bool,
     accelerator: str | None,
+    provisioning: str | None,
     target: str | None,
     as_json: bool,
 ) -> None:
@@ -61,7 +70,7 @@ def command(
     frozen = require_adapter(cloud, run_id)
     folder = out or Path(f"{run_id}-{kind}")
     options = Options(onto, not no_compare)
-    where = on_one_gpu(frozen.recipe, cloud.target, accelerator)
+    where = on_one_gpu(frozen.recipe, cloud.target, accelerator, provisioning)
     if kind == "adapter":
         document = export_adapter(cloud, frozen, folder, say)
     elif cloud.target == "local":

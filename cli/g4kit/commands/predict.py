@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from g4kit.options import accelerator_option, run_id_argument, target_option, yes_option
+from g4kit.options import accelerator_option, provisioning_option, run_id_argument, target_option, yes_option
 from g4kit.output import print_data, print_json, say
 from g4kit.targets import open_cloud
 
@@ -25,6 +25,7 @@ IMAGE_WIDTH, BEFORE_WIDTH = 48, 28
 @click.option("--prompt", help="The question, for a run that was trained on chats. Others have their recipe's.")
 @yes_option
 @accelerator_option
+@provisioning_option
 @target_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, at the end.")
 def command(
@@ -34,6 +35,7 @@ def command(
     prompt: str | None,
     yes: bool,
     accelerator: str | None,
+    provisioning: str | None,
     target: str | None,
     as_json: bool,
 ) -> None:
@@ -53,7 +55,7 @@ def command(
 
     cloud = open_cloud(target)
     request = Request(run_id, find_images(images), which or "after", prompt)
-    where = on_one_gpu(require_finished(cloud, run_id), cloud.target, accelerator)
+    where = on_one_gpu(require_finished(cloud, run_id), cloud.target, accelerator, provisioning)
     confirm_execution(cloud, where, yes=yes)
     answers = predict(cloud, where, request, say)
     if as_json:
