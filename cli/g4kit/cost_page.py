@@ -127,6 +127,7 @@ The figures in this file are examples. Other keys: `vcpu_s`, `gib_s`, `gpu_zonal
 | expected | every phase's expected time, every slice's loading included, at the price a second |
 | from, to | the same at the time's lower and upper bound |
 | at worst | `job.max_attempts` attempts that each run to `job.timeout_s`, and {grace} s more until they are killed |
+| bucket | a month of Standard storage for model, NF4 copy, adapter and the checkpoints kept; in no other figure |
 
 Once a run has ended, `g4kit runs ID`, `fetch` and `--wait` write `cost.json` into its run directory: the lives of its
 executions' instances, from the times that Cloud Run tells, at the prices that were frozen. It tells a task's times and

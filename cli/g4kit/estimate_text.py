@@ -47,6 +47,12 @@ def text(found: Estimate, columns: int | None = None) -> str:
         lines.append(f"time    {duration(found.time.total)} ({low} to {high}): {phases}")
         lines.append(f"slices  {found.time.slices} of at most {job.max_attempts} attempts of {duration(job.timeout_s)}")
     lines.append(f"price   {_price(found)}")
+    month = found.storage.usd_a_month(found.prices)
+    if month is not None:
+        model, run = (_gib(size) for size in (found.storage.model, found.storage.run))
+        lines.append(
+            f"bucket  ${month:.2f} a month for as long as it keeps the model ({model} GiB) and the run ({run} GiB)"
+        )
     lines += [f"warning {warning}" for warning in found.warnings]
     lines += [f"to fit  {change.replace(chr(34), '')}" for change in found.nearest]
     return "\n".join(hanging(line, INDENT if number else 0, columns) for number, line in enumerate(lines))

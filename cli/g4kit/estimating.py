@@ -27,6 +27,22 @@ class DoesNotFitError(FailedError):
 
 
 @dataclass(frozen=True)
+class Storage:
+    """What is in the bucket for a run, in bytes, and is billed as long as it is there."""
+
+    model: int
+    """The base model in bf16, and its NF4 copy where runs read one."""
+    run: int
+    """The adapter, and the checkpoints that rotation leaves; images and their answers are next to nothing."""
+
+    def usd_a_month(self, prices: pricing.Prices | None) -> float | None:
+        """None where the price is not known, or nothing is billed."""
+        if prices is None or prices.storage_gib_month is None:
+            return None
+        return (self.model + self.run) / vram.GIB * prices.storage_gib_month
+
+
+@dataclass(frozen=True)
 class Estimate:
     recipe: Recipe
     hardware: Hardware
@@ -42,6 +58,7 @@ class Estimate:
     price_problem: str
     """Why there are no prices, and how to supply them; empty where there are, or nothing is billed."""
     cost: budget.Cost | None
+    storage: Storage
     nearest: tuple[str, ...]
     """Changes of the recipe that make it fit, where it does not."""
     warnings: tuple[str, ...]
@@ -106,6 +123,7 @@ class Estimate:
             "prices": self.prices.to_json() if self.prices else None,
             "price_problem": self.price_problem or None,
             "cost_usd": self.cost.to_json() if self.cost else None,
+            "storage": dataclasses.asdict(self.storage) | {"usd_a_month": self.storage.usd_a_month(self.prices)},
             "nearest": list(self.nearest),
             "warnings": list(self.warnings),
         }
@@ -179,9 +197,18 @@ def estimate(
         prices=prices,
         price_problem=price_problem,
         cost=cost,
+        storage=storage_of(recipe, model),
         nearest=() if fit.fits else tuple(_nearest(planned, config, hardware)),
         warnings=tuple(_warnings(recipe, hardware, time, samples)) if fit.fits else (),
     )
+
+
+def storage_of(recipe: Recipe, model: vram.Model) -> Storage:
+    """Counted from the recipe and the model's config.json."""
+    bf16 = model.facts.parameters * vram.BF16
+    copy = sum(model.weights.values()) if recipe.model.quantization == "nf4" else 0
+    checkpoints = planner.CHECKPOINTS_KEPT + recipe.training.load_best_model
+    return Storage(bf16 + copy, model.lora_parameters * (vram.FP32 + checkpoints * (vram.FP32 + vram.ADAM)))
 
 
 def read_config(bucket: Bucket, recipe: Recipe) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class Prices:
     machines: int = 0
     machine_s: float = 0.0
     """USD a second for one machine with its boot disk."""
+    storage_gib_month: float | None = None
+    """USD for a GiB of the bucket a month; None where it is not known. It is billed whether or not a run goes on."""
 
     @property
     def second(self) -> float:
@@ -163,8 +165,11 @@ def find_prices(wanted: Wanted, table: Table) -> Prices | None:
     if missing_values(wanted, table):
         return None
     if "cloudrun" in ACCELERATORS[wanted.accelerator].platforms:
-        return _cloudrun_prices(wanted, table.cloudrun[wanted.region])
-    return _vertex_prices(wanted, table.vertex[wanted.region])
+        prices = _cloudrun_prices(wanted, table.cloudrun[wanted.region])
+    else:
+        prices = _vertex_prices(wanted, table.vertex[wanted.region])
+    bucket = table.cloudrun.get(wanted.region)
+    return dataclasses.replace(prices, storage_gib_month=bucket.storage_gib_month if bucket else None)
 
 
 def missing_prices(wanted: Wanted, table: Table) -> str:

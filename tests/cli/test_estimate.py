@@ -51,6 +51,22 @@ def test_estimate_says_memory_plan_time_and_price(bare: Bench) -> None:
     assert re.search(r"^slices  2 of at most 10 attempts of 1 h 0 min$", result.stdout, re.MULTILINE)
     price = r"^price   \$\d\.\d\d \(\$.* to \$.*\), at worst \$31\.96; \$3\.19 an hour \(us-central1"
     assert re.search(price, result.stdout, re.MULTILINE)
+    bucket = r"^bucket  \$1\.90 a month for as long as it keeps the model \(75\.3 GiB\) and the run \(19\.9 GiB\)$"
+    assert re.search(bucket, result.stdout, re.MULTILINE)
+
+
+def test_the_bucket_is_priced_a_month(bare: Bench) -> None:
+    """31B: 58.2 GiB in bf16 and 17.0 at NF4; of 534,467,584 parameters, the adapter and three checkpoints."""
+    document = json.loads(bare("estimate", PETS, "--json").stdout)["storage"]
+    assert document["model"] / vram.GIB == pytest.approx(58.25 + 17.0, abs=0.1)
+    assert document["run"] == 534_467_584 * (4 + 3 * 12)
+    assert document["usd_a_month"] == pytest.approx((document["model"] + document["run"]) / vram.GIB * 0.020)
+    bf16 = bare(
+        "estimate", PETS, "--json", "--set", "model.quantization=none", "--set", "training.load_best_model=false"
+    )
+    fewer = json.loads(bf16.stdout)["storage"]
+    assert document["model"] - fewer["model"] == pytest.approx(17.0 * vram.GIB, rel=0.01)
+    assert fewer["run"] == 534_467_584 * (4 + 2 * 12)
 
 
 @pytest.mark.parametrize("name", ["oxford-pets-31b", "oxford-pets-26b-a4b", "oxford-pets-e4b", "oxford-pets-e2b"])

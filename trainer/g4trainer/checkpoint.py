@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 
 from g4trainer.exits import ExitCode, TrainerError
+from g4trainer.planner import CHECKPOINTS_KEPT
 from g4trainer.rundir import to_json, write_bytes
 
 COMMITTED = "COMMITTED.json"
@@ -32,8 +33,6 @@ STATE_FILE = "state.json"
 TRAINER_STATE_FILE = "trainer_state.json"  # the name under which transformers' Trainer looks for it
 FILES = frozenset({ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE})
 FOLDER = re.compile(r"step-(\d{8,})")
-KEPT = 2
-"""Committed checkpoints that rotation leaves, besides the best one."""
 BLOCK_BYTES = 16 * 2**20
 DTYPES = {
     torch.float32: "F32",
@@ -173,7 +172,7 @@ def rotate(root: Path, *, keep: Iterable[int]) -> None:
     committed = [folder for folder in folders if (folder / COMMITTED).exists()]
     if not committed:
         return
-    kept = {*committed[-KEPT:]} | {folder for folder in committed if step_of(folder) in set(keep)}
+    kept = {*committed[-CHECKPOINTS_KEPT:]} | {folder for folder in committed if step_of(folder) in set(keep)}
     for folder in folders:
         if folder not in kept and step_of(folder) < step_of(committed[-1]):
             remove_checkpoint(folder)

@@ -15,6 +15,8 @@ MAX_CPU_MICRO_BATCH, CPU_EVALUATION_BATCH = 32, 64
 """On a CPU larger batches save nothing and take memory."""
 EMBEDDINGS_ON_HOST = 'model.per_layer_embeddings="host"'
 EVALUATIONS_A_RUN = 10
+CHECKPOINTS_KEPT = 2
+"""Committed checkpoints that rotation leaves, besides the best one."""
 LOG_LINES_A_RUN = 400
 DATALOADER_WORKERS = {"cuda": 4, "cpu": 0}
 """Processes that decode images beside the GPU, where the machine is not known; on a CPU they would take the cores that
