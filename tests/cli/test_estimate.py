@@ -387,3 +387,13 @@ def test_an_evaluation_goes_by_its_own_memory() -> None:
     said = r"evaluation needs 6\d\.\d GiB, and NVIDIA L4, 24 GB has .* free; write --accelerator nvidia-rtx-pro-6000\."
     with pytest.raises(FailedError, match=said):
         estimated(whole, card="nvidia-l4").refuse_evaluation()
+
+
+def test_several_gpus_share_the_answers_in_whole_batches() -> None:
+    """1,000 test images are 16 batches of 64: eight GPUs answer two each, and five at most four."""
+    sizes = ("training.effective_batch_size=40", "evaluation.batch_size=64", "data.test_size=1000")
+    recipes = [load_recipe(PETS, [*sizes, "job.accelerator=nvidia-h100-80gb", f"job.gpus={n}"]) for n in (1, 5, 8)]
+    times = [estimated(recipe, card="nvidia-h100-80gb").time for recipe in recipes]
+    one, five, eight = ({name: time.phases[name] for name in ("baseline", "final")} for time in times if time)
+    assert one["final"] / eight["final"] == pytest.approx(1000 / 128)
+    assert one["baseline"] / five["baseline"] == pytest.approx(1000 / 256)

@@ -169,7 +169,8 @@ def estimate_time(
         accumulation=max(1, share // micro_batch),
     )
     steps = math.ceil(training.num_train_epochs * math.ceil(samples.train / training.effective_batch_size))
-    answers = samples.test * answer_seconds(model, shape, card, batch=evaluation_batch_size)
+    answer = answer_seconds(model, shape, card, batch=evaluation_batch_size)
+    answers = answer * _answered_by_one(samples.test, evaluation_batch_size, recipe.job.gpus)
     train = steps * step
     validation = evaluations * samples.validation * step / share * 0.5 / recipe.job.gpus  # no backward pass
     checkpoint = model.lora_parameters * (FP32 + ADAM) / GIB / WRITE_GIB_S
@@ -181,12 +182,18 @@ def estimate_time(
         "final": answers,
     }
     if recipe.evaluation.validation:
-        phases["validation"] = samples.validation * answer_seconds(model, shape, card, batch=evaluation_batch_size)
+        phases["validation"] = answer * _answered_by_one(samples.validation, evaluation_batch_size, recipe.job.gpus)
     low, high = RANGE_CALIBRATED if card_name == CALIBRATED_ON else RANGE_OTHER
     slices = attempts_needed(sum(phases.values()), phases["load"], recipe.job.timeout_s)
     phases["retries"] = (slices - 1) * (phases["load"] + CLOSING_S)
     total = sum(phases.values())
     return Time(phases, step / share, slices, low * total, high * total, card_name == CALIBRATED_ON)
+
+
+def _answered_by_one(samples: int, batch: int, gpus: int) -> int:
+    """Samples that the GPU with most of them answers: they take whole batches in turn."""
+    batches = math.ceil(samples / batch)
+    return min(samples, math.ceil(batches / gpus) * batch)
 
 
 def attempts_needed(total_s: float, load_s: float, timeout_s: int) -> int:
