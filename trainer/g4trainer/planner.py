@@ -419,6 +419,7 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_num_workers": workers,
         "dataloader_pin_memory": device == "cuda",
+        "accelerator_config": {"non_blocking": device == "cuda"},  # a batch's copy would wait for all before it
         "dataloader_persistent_workers": workers > 0,
     }
 
