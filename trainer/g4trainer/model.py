@@ -34,6 +34,7 @@ from g4trainer.quantization import (
     prepare_experts,
     quantization_config,
 )
+from g4trainer.read_ahead import reading_ahead
 from g4trainer.recipe import ALL_LINEAR
 from g4trainer.rundir import read_json
 
@@ -81,7 +82,7 @@ def load_base(folder: Path, settings: recipes.Model, *, device: torch.device, sh
         quantized = getattr(config, "quantization_config", None) is not None
         if quantized:
             config.quantization_config = {"quant_method": METHOD, "compute_dtype": str(dtype).removeprefix("torch.")}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), reading_ahead(folder):
             warnings.filterwarnings("ignore", message=".*were not used when initializing.*")
             model, report = AutoModelForMultimodalLM.from_pretrained(
                 folder,
