@@ -138,6 +138,20 @@ def test_the_time_of_a_run_is_the_sum_of_its_phases() -> None:
     assert time(recipe(evaluation={"baseline": False})).phases["baseline"] == 0
 
 
+def test_an_answer_takes_what_was_measured_and_a_chats_more() -> None:
+    """0.0918 s in batches of 128, seven tokens and the end of the turn."""
+
+    def seconds(settings: Recipe) -> float:
+        model = vram.Model(settings, gemma.true_config("31B"))
+        return timing.answer_seconds(model, model.shape(238), timing.CARDS[timing.CALIBRATED_ON], batch=128)
+
+    assert seconds(recipe()) == pytest.approx(0.0918, rel=0.05)
+    chat = seconds(recipe(data={"task": "chat"}))
+    assert chat > 4 * seconds(recipe())
+    assert seconds(recipe(data={"task": "chat"}, evaluation={"max_new_tokens": 10})) == seconds(recipe())
+    assert seconds(recipe(data={"task": "chat"}, evaluation={"max_new_tokens": 20})) < chat
+
+
 def test_a_slower_card_takes_longer_and_says_it_is_not_calibrated() -> None:
     totals = [time(recipe(), card=card).total for card in ("nvidia-b200", "nvidia-h200-141gb", "nvidia-rtx-pro-6000")]
     assert totals == sorted(totals)

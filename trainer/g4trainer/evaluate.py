@@ -22,8 +22,8 @@ from g4trainer.exits import OutOfMemory
 from g4trainer.gemma import END_OF_TURN
 from g4trainer.model import is_sharded
 from g4trainer.pixels import as_numbers
-from g4trainer.planner import CHAT_ANSWER_TOKENS
 from g4trainer.ranks import ALONE, Ranks
+from g4trainer.vram import CHAT_ANSWER_TOKENS
 
 UNKNOWN = "(unknown)"
 """Column of the confusion matrix for answers that name no label."""

@@ -31,8 +31,6 @@ MAX_MICRO_BATCH = 64
 """Larger ones save no time worth measuring."""
 EVALUATION_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Larger ones save no time worth measuring (benchmarks/README.md)."""
-CHAT_ANSWER_TOKENS = 256
-"""That an answer of a chat may have at most."""
 FRAME_TOKENS, LABELS_TOKENS, CHARACTERS_A_TOKEN = 16, 200, 4
 """Of the turns around a prompt, of a list of some 37 labels, and of ordinary text."""
 
@@ -302,10 +300,7 @@ def training_memory(model: vram.Model, shape: vram.Shape, micro: int, checkpoint
 
 def evaluation_memory(model: vram.Model, shape: vram.Shape, batch: int) -> vram.Memory:
     """The peak of answering a batch of images, the allocator's reserve included."""
-    stated = model.recipe.evaluation.max_new_tokens
-    longest = CHAT_ANSWER_TOKENS if model.recipe.data.task == "chat" else vram.ANSWER_TOKENS
-    new_tokens = longest if stated == "auto" else stated
-    return vram.with_reserve(vram.evaluation(model, shape, batch, new_tokens=new_tokens))
+    return vram.with_reserve(vram.evaluation(model, shape, batch, new_tokens=vram.answer_tokens(model.recipe)))
 
 
 def nearest_fits(recipe: Recipe, config: Mapping[str, Any], free_bytes: int) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from g4trainer.recipe import Recipe
-from g4trainer.vram import ADAM, FP32, GIB, Checkpointing, Model, Shape, attention_for
+from g4trainer.vram import ADAM, FP32, GIB, Checkpointing, Model, Shape, answer_tokens, attention_for
 
 RECOMPUTED: Mapping[Checkpointing, float] = {"none": 0.0, "half": 0.5, "full": 1.0}
 """Share of the forward pass that the backward pass computes again."""
@@ -39,8 +39,6 @@ TOKEN_LAYER_S = 0.003
 """For one text layer of one generated token, not compiled. From 0.17 to 0.30 s a token measured at 60 layers."""
 OPTIMIZER_BYTES = 2 * FP32 + 2 * FP32 + 2 * ADAM
 """Moved by AdamW and by clipping, for each trained parameter."""
-ANSWER_STEPS = 8
-"""Tokens generated for a label, after the first."""
 
 READ_GIB_S = 0.8
 """From a bucket in the same region, by parallel readers. Not measured on Cloud Run."""
@@ -136,10 +134,10 @@ def step_seconds(
 
 
 def answer_seconds(model: Model, shape: Shape, card: Card, *, batch: int) -> float:
-    """Of one image of the evaluation."""
+    """Of one image of the evaluation, whose batch goes on to its longest answer."""
     rate = card.tflops * 1e12 * ACHIEVED_RATE * PREFILL_EFFICIENCY
     token = _weights_pass_s(model, card) + TOKEN_LAYER_S * model.facts.text_layers
-    return forward_operations(model, shape).total / rate + ANSWER_STEPS * token / batch
+    return forward_operations(model, shape).total / rate + answer_tokens(model.recipe) * token / batch
 
 
 def estimate_time(

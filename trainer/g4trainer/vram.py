@@ -51,6 +51,8 @@ FRAGMENTATION = 0.03
 CUDA_CONTEXT = 768 * 2**20
 """Held by the CUDA context, cuBLAS and Triton outside the allocator: 763 MiB on an H200. The driver decides."""
 ANSWER_TOKENS = 10
+CHAT_ANSWER_TOKENS = 256
+"""That an answer of a chat may have at most."""
 LAYER = re.compile(r"(model\.(?:language_model|vision_tower).*?layers\.\d+)\.(.+?)(?:\.linear)?$")
 """Names of linear modules that are in a layer: the layer, and the module in it."""
 
@@ -177,6 +179,14 @@ def attention_for(setting: AttentionSetting, tokens: int) -> Attention:
     if setting == "auto":
         return "eager" if tokens < EAGER_BELOW_TOKENS else "sdpa"
     return setting
+
+
+def answer_tokens(recipe: Recipe) -> int:
+    """The most that are generated for an answer, before the labels are known."""
+    stated = recipe.evaluation.max_new_tokens
+    if stated != "auto":
+        return stated
+    return CHAT_ANSWER_TOKENS if recipe.data.task == "chat" else ANSWER_TOKENS
 
 
 def training(model: Model, shape: Shape, step: Step) -> Memory:
