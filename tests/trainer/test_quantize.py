@@ -15,7 +15,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
 from g4kit.cloud.base import crc32c_of_file
-from g4trainer import nf4, quantize, tiny
+from g4trainer import nf4, quantize, tiny, vram
 from g4trainer.__main__ import main as trainer
 from g4trainer.exits import ModelError
 from g4trainer.quantization import EXPERT_WEIGHTS, quantized_weights
@@ -324,10 +324,10 @@ def test_a_model_that_lacks_a_weight_is_refused(folders: dict[str, Path], tmp_pa
 @pytest.mark.parametrize("shape", [(96, 4304), (4, 64, 32), (256, 48), (8, 10), (3, 5)], ids=str)
 def test_rows_that_end_within_a_block_have_their_own_scales(shape: tuple[int, ...]) -> None:
     original = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    packed, state = bitsandbytes.functional.quantize_4bit(original, quant_type="nf4", blocksize=nf4.BLOCK)
+    packed, state = bitsandbytes.functional.quantize_4bit(original, quant_type="nf4", blocksize=vram.NF4_BLOCK)
     pairs = packed.flatten().int()
     codes = state.code[torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[: original.numel()]]
-    expected = codes * state.absmax.repeat_interleave(nf4.BLOCK)[: original.numel()]
+    expected = codes * state.absmax.repeat_interleave(vram.NF4_BLOCK)[: original.numel()]
     found = nf4.whole(packed, state)
     torch.testing.assert_close(found, expected.view(shape), rtol=1e-6, atol=1e-7)
     assert (found - original).norm() / original.norm() < 0.12

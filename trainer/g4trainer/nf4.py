@@ -15,15 +15,13 @@ import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
 
+from g4trainer.vram import NF4_BLOCK, STATISTICS_BLOCK
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-BLOCK = 64
-"""Weights that share a scale."""
-STATISTICS_BLOCK = 256
-"""Scales that share a scale in turn."""
 SCALES_A_PROGRAM = 64
 """Of 16 to 128, the fastest on an H200: 76 us for 21,504 x 5,376 weights, where bitsandbytes takes 139."""
 
@@ -81,14 +79,14 @@ def dequantize(
 ) -> torch.Tensor:
     """The weights as a tensor of that shape, from what bitsandbytes' QuantState holds; off CUDA by bitsandbytes.
 
-    packed: (weights / 2, 1) uint8, the first of two weights in the upper half of a byte. scales: one uint8 for BLOCK
-    weights, an index into scale_code (256,) fp32; scale_scales: one fp32 for STATISTICS_BLOCK scales; offset: fp32,
-    added to each scale. code: (16,) fp32.
+    packed: (weights / 2, 1) uint8, the first of two weights in the upper half of a byte.
+    scales: one uint8 for NF4_BLOCK weights, an index into scale_code (256,) fp32.
+    scale_scales: one fp32 for STATISTICS_BLOCK scales; offset: fp32, added to each scale. code: (16,) fp32.
     again: whether it is the backward pass's call: it tells the compiler that the two are not one.
     """
     if not (packed.is_cuda and HAS_TRITON):
         nested = QuantState(scale_scales, blocksize=STATISTICS_BLOCK, code=scale_code, dtype=torch.float32)
-        state = QuantState(scales, torch.Size(shape), code, BLOCK, "nf4", dtype, offset, nested)
+        state = QuantState(scales, torch.Size(shape), code, NF4_BLOCK, "nf4", dtype, offset, nested)
         return whole(packed, state)
     weights = torch.empty(shape, dtype=dtype, device=packed.device)
     count = scales.numel()
@@ -119,7 +117,7 @@ def _fits(module: torch.nn.Module) -> bool:
     if not isinstance(module, bitsandbytes.nn.Linear4bit) or not module.weight.is_cuda or module.bias is not None:
         return False
     state = module.weight.quant_state
-    return bool(state.nested and state.blocksize == BLOCK and state.state2.blocksize == STATISTICS_BLOCK)
+    return bool(state.nested and state.blocksize == NF4_BLOCK and state.state2.blocksize == STATISTICS_BLOCK)
 
 
 if HAS_TRITON:
