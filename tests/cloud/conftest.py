@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,29 @@ def call(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def call(*arguments: str, plan: Any = None) -> Result:
         if plan:
             monkeypatch.setenv("STANDIN_PLAN", json.dumps(plan))
-        result = CliRunner().invoke(cli, arguments)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
+        return invoke(*arguments)
 
     return call
+
+
+@pytest.fixture
+def stage(google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs `g4kit stage model` on the fake's deployment, with the real trainer."""
+    file = tmp_path / "staging.json"
+    file.write_text(json.dumps(google.deployment.model_dump()))
+    monkeypatch.setattr(google_client, "Patience", lambda: QUICK)
+    monkeypatch.setenv("G4KIT_DEPLOYMENT", str(file))
+    monkeypatch.setenv("G4KIT_EMULATOR_HOST", google.server.url)
+    monkeypatch.setenv("G4KIT_ROOT", str(tmp_path / "local"))
+    return partial(invoke, "stage", "model")
+
+
+def invoke(*arguments: str) -> Result:
+    """What a command printed and how it ended. Raises what it should have told the user."""
+    result = CliRunner().invoke(cli, arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
 @pytest.fixture

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 import made_up_model
 from fakes.faults import Fault, Kind
-from fakes.google_cloud import QUICK, FakeGoogleCloud
-from g4kit.cloud import google_client
+from fakes.google_cloud import FakeGoogleCloud
 from g4kit.cloud.base import PreconditionError, crc32c_of_file
 from g4kit.cloud.google_bucket import GoogleBucket
-from g4kit.main import cli
 
 FOLDER = "models/gemma"
 REWRITE = "^POST .*/rewriteTo/"
@@ -27,23 +25,6 @@ def source(google: FakeGoogleCloud) -> Path:
     folder = made_up_model.write(google.storage.make_bucket("public") / "gemma4" / "gemma", shards=2, weights=1_500_000)
     (folder / ".hidden").touch()
     return folder
-
-
-@pytest.fixture
-def stage(google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    (tmp_path / "deployment.json").write_text(json.dumps(google.deployment.model_dump()))
-    monkeypatch.setenv("G4KIT_DEPLOYMENT", str(tmp_path / "deployment.json"))
-    monkeypatch.setenv("G4KIT_EMULATOR_HOST", google.server.url)
-    monkeypatch.setenv("G4KIT_ROOT", str(tmp_path / "local"))
-    monkeypatch.setattr(google_client, "Patience", lambda: QUICK)
-
-    def stage(*arguments: str) -> Result:
-        result = CliRunner().invoke(cli, ["stage", "model", *arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return stage
 
 
 def assert_staged(google: FakeGoogleCloud, source: Path) -> None:

@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 import made_up_model
 from contract.waiting import wait_until
-from fakes.google_cloud import QUICK, FakeGoogleCloud
+from fakes.google_cloud import FakeGoogleCloud
 from fakes.hub import FakeHub, Repo
 from fakes.server import BLOCK_BYTES
-from g4kit.cloud import google_client
 from g4kit.cloud.local import LocalCloud
 from g4kit.hub_source import partial_name
-from g4kit.main import cli
 from g4kit.staging import staged_problems
 from g4trainer import hub
 
@@ -54,28 +52,13 @@ def deployment(google: FakeGoogleCloud, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stage(
-    google: FakeGoogleCloud, fake: FakeHub, deployment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Stage:
-    monkeypatch.setattr(google_client, "Patience", lambda: QUICK)
+def stage(stage: Stage, fake: FakeHub, deployment: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """The same, with the hub's fake."""
     monkeypatch.setattr(hub, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    environ = {
-        "G4KIT_DEPLOYMENT": str(deployment),
-        "G4KIT_EMULATOR_HOST": google.server.url,
-        "HF_ENDPOINT": fake.url,
-        "G4KIT_ROOT": str(tmp_path / "local"),
-    }
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-
-    def stage(*arguments: str) -> Result:
-        result = CliRunner().invoke(cli, ["stage", "model", *arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
+    monkeypatch.setenv("G4KIT_DEPLOYMENT", str(deployment))
+    monkeypatch.setenv("HF_ENDPOINT", fake.url)
     return stage
 
 

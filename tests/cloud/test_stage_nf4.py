@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 import made_up_model
-from fakes.google_cloud import QUICK, FakeGoogleCloud
-from g4kit.cloud import google_client
+from fakes.google_cloud import FakeGoogleCloud
 from g4kit.cloud.local import TRAINER, LocalCloud
-from g4kit.main import cli
 from g4kit.staging import stage as stage_model
 from g4kit.staging import staged_problems
 
@@ -30,23 +28,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
     staged = stage_model(LocalCloud(root).bucket, "model", SOURCE, None, trainer=TRAINER, say=lambda _: None)
     return root / staged.folder
-
-
-@pytest.fixture
-def stage(google: FakeGoogleCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    monkeypatch.setattr(google_client, "Patience", lambda: QUICK)
-    (tmp_path / "deployment.json").write_text(json.dumps(google.deployment.model_dump()))
-    monkeypatch.setenv("G4KIT_DEPLOYMENT", str(tmp_path / "deployment.json"))
-    monkeypatch.setenv("G4KIT_EMULATOR_HOST", google.server.url)
-    monkeypatch.setenv("G4KIT_ROOT", str(tmp_path / "local"))
-
-    def stage(*arguments: str) -> Result:
-        result = CliRunner().invoke(cli, ["stage", "model", *arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return stage
 
 
 def assert_copied(root: Path) -> None:

@@ -100,7 +100,6 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_trainer() -> Non
             time.sleep(0.5)
             os.kill(process.pid, signal.SIGUSR1)
             printed, _ = process.communicate(timeout=30)
-        except BaseException:
+        finally:
             process.kill()
-            raise
     assert (printed, process.returncode) == ("SIGTERM was received\n", 0)
