@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from g4trainer import torchvision_operators
 
@@ -48,10 +48,7 @@ GB = 1e9
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=get_args(gemma.Size), default="31B")
-    parser.add_argument("--layers", type=int, help="text layers to keep; default all")
-    parser.add_argument("--tiny", action="store_true", help="the structure of the size at a tiny width")
+    parser = true_shapes.parser_of_shapes(__doc__)
     parser.add_argument("--on", type=Path, help="a folder of the disk to measure; default the temporary one")
     parser.add_argument("--stage", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -13,7 +13,6 @@ what transformers' own two attention kernels differ by. Exits with 1 where it do
 
 # ruff: noqa: E402 torchvision's operators must be declared before anything imports transformers or peft
 
-import argparse
 import contextlib
 import gc
 import io
@@ -26,7 +25,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from unittest import mock
 
 from g4trainer import torchvision_operators
@@ -72,11 +71,8 @@ NOISE = 2.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=get_args(gemma.Size), default="31B")
-    parser.add_argument("--layers", type=int, help="text layers to keep; default all")
+    parser = true_shapes.parser_of_shapes(__doc__)
     parser.add_argument("--only", choices=("agreement", "peers", "ours"), nargs="+", default=())
-    parser.add_argument("--tiny", action="store_true", help="the structure of the size at a tiny width")
     options = parser.parse_args()
     parts = options.only or ("agreement", "peers", "ours")
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -48,16 +48,13 @@ BRANCH = 0.2  # what a layer adds to the residual stream, beside an embedding of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=get_args(gemma.Size), default="31B")
+    parser = parser_of_shapes(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="samples a step, one measurement each")
-    parser.add_argument("--layers", type=int, help="text layers to keep; default all")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each batch; the first is not timed")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--checkpointing", choices=("full", "none"), default="full")
     parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     parser.add_argument("--compile", action="store_true", help="compile each layer, as a run on a GPU does")
-    parser.add_argument("--tiny", action="store_true", help="the structure of the size at a tiny width")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -81,6 +78,15 @@ def main() -> int:
         print(json.dumps({"batch": size, **result}))
         healthy &= result["finite"] and result["vision_without_gradient"] == 0
     return 0 if healthy else 1
+
+
+def parser_of_shapes(description: str | None) -> argparse.ArgumentParser:
+    """For a benchmark's command line: which model is built."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=get_args(gemma.Size), default="31B")
+    parser.add_argument("--layers", type=int, help="text layers to keep; default all")
+    parser.add_argument("--tiny", action="store_true", help="the structure of the size at a tiny width")
+    return parser
 
 
 def true_config(size: gemma.Size, layers: int | None) -> Any:
