@@ -93,9 +93,8 @@ def plan_evaluation(
     DoesNotFitError, BudgetError.
     """
     where = on_one_gpu(require_finished(cloud, run_id), cloud.target, accelerator, provisioning)
-    recipe = with_changes(
-        where.recipe, ['evaluation.batch_size="auto"']
-    )  # what does not fit is answered in smaller ones
+    # A batch that the run's own card had room for may be too large for this one.
+    recipe = with_changes(where.recipe, ['evaluation.batch_size="auto"'])
     if test_size is not None:
         value = json.dumps(test_size) if test_size == "all" else test_size
         recipe = with_changes(recipe, [f"data.test_size={value}"])
