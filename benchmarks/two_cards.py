@@ -1,6 +1,7 @@
 """One run on one card and on two: the same losses, how much faster, and whether it outlives a killed process.
 
     python -m benchmarks.two_cards --out two_cards.json
+    python -m benchmarks.two_cards --sharded       # weights in bf16, which the two cards share (FSDP2); none is killed
     python -m benchmarks.two_cards --tiny          # two processes on the CPU, the same code over a tiny model
 
 Needs two GPUs of one host. The model has 31B's true width, its whole vision tower and 12 of its 60 text layers, with
@@ -11,8 +12,9 @@ attempt as `python -m g4trainer run` does it, under torchrun where there are two
     two cards   effective batch 8 as 4 x 2 cards; a process of it gets SIGKILL
     resumed     the killed run to its end, a copy of it on one card, another on two
 
-Prints a table, then one JSON document. Exits with 1 where losses differ by more than --tolerance, where the killed run
-did not end by itself, or where a resumed one did not go on from its checkpoint.
+With --sharded the first two, to the end, of a model that is read from disk as a run reads it. Prints a table, then one
+JSON document. Exits with 1 where losses differ by more than --tolerance, where the killed run did not end by itself, or
+where a resumed one did not go on from its checkpoint.
 """
 
 # ruff: noqa: E402 torchvision's operators must be declared before anything imports transformers or peft
@@ -38,7 +40,7 @@ from g4trainer import torchvision_operators
 torchvision_operators.declare()
 
 import torch
-from benchmarks import true_shapes
+from benchmarks import load, true_shapes
 from transformers import set_seed
 
 from g4trainer import __main__ as program
@@ -49,7 +51,7 @@ from g4trainer.compiled import compile_layers
 from g4trainer.dataset import Splits
 from g4trainer.launch import freeze
 from g4trainer.metrics import read_metrics
-from g4trainer.model import attach_lora
+from g4trainer.model import attach_lora, load_base
 from g4trainer.planner import Plan
 from g4trainer.recipe import Recipe
 from g4trainer.rundir import RunDir, read_json, write_json
@@ -61,6 +63,8 @@ STEPS, SAVED_AT, KILLED_AT = 18, 12, 15
 WARM_STEPS = 4
 """Steps that are not timed: the first compile."""
 LEARNING_RATE = 2e-4
+FLAGS = ("tiny", "no_compile", "sharded")
+"""Options that the processes of a part are given too."""
 PART_S = 120
 """Longer than any part takes; a part that hangs is a failure."""
 
@@ -69,6 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="text layers to keep")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--sharded", action="store_true", help="weights in bf16, shared by the two cards")
     parser.add_argument("--tiny", action="store_true", help="the structure of the size at a tiny width, on the CPU")
     parser.add_argument("--tolerance", type=float, default=0.02, help="of a loss, relative")
     parser.add_argument("--out", type=Path, help="where the JSON document goes too")
@@ -89,19 +94,23 @@ def main() -> int:
 
 def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     one, two = new_run(root, "one-card"), new_run(root, "two-cards")
+    if options.sharded:
+        write_base(one, options)
     parts = {"one card": start(one, 1, options)}
-    parts["two cards, one killed"] = start(two, 2, options, TWO_CARDS_KILL=str(KILLED_AT))
-    resumed = {count: copy_of(two, f"resumed-on-{count}") for count in (1, 2)}
-    for count, run in resumed.items():
-        parts[f"resumed on {count}"] = start(run, count, options)
-    losses = {
-        "one card": losses_of(one),
-        "two cards": losses_of(two),
-        "resumed on 1": losses_of(resumed[1], since=SAVED_AT),
-        "resumed on 2": losses_of(resumed[2], since=SAVED_AT),
-    }
+    losses = {"one card": losses_of(one)}
+    if options.sharded:
+        parts["two cards"] = start(two, 2, options)
+        losses["two cards"] = losses_of(two)
+    else:
+        parts["two cards, one killed"] = start(two, 2, options, TWO_CARDS_KILL=str(KILLED_AT))
+        losses["two cards"] = losses_of(two)
+        for count in (1, 2):
+            run = copy_of(two, f"resumed-on-{count}")
+            parts[f"resumed on {count}"] = start(run, count, options)
+            losses[f"resumed on {count}"] = losses_of(run, since=SAVED_AT)
     differences = {f"{other} and one card": difference(losses[other], losses["one card"]) for other in list(losses)[1:]}
-    differences["resumed on 2 and on 1"] = difference(losses["resumed on 2"], losses["resumed on 1"])
+    if not options.sharded:
+        differences["resumed on 2 and on 1"] = difference(losses["resumed on 2"], losses["resumed on 1"])
     speed = {"one card": samples_a_second(one), "two cards": samples_a_second(two)}
     problems = [f"{name}: exit code {part['exit_code']}" for name, part in parts.items() if not part["as_expected"]]
     problems += [f"losses of {name}: differ by {by:.2g}" for name, by in differences.items() if by > options.tolerance]
@@ -110,12 +119,15 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "text_layers": options.layers,
         "tiny": options.tiny,
+        "sharded": options.sharded,
         "samples_per_second": {name: round(value, 3) for name, value in speed.items()},
         "speedup": round(speed["two cards"] / speed["one card"], 3),
         "largest_relative_difference_of_a_loss": {name: float(f"{by:.3g}") for name, by in differences.items()},
-        "peak_memory_gib": round(
-            read_json(one.adapter / "training_summary.json")["train"]["peak_memory_bytes"] / 2**30, 2
-        ),
+        "peak_memory_gib": {
+            name: round(read_json(path)["train"]["peak_memory_bytes"] / 2**30, 2)
+            for name, run in (("one card", one), ("two cards", two))
+            if (path := run.adapter / "training_summary.json").exists()
+        },
         "parts": parts,
         "losses": losses,
         "problems": problems,
@@ -146,10 +158,24 @@ def new_run(root: Path, name: str) -> RunDir:
     return run
 
 
+def write_base(run: RunDir, options: argparse.Namespace) -> None:
+    """The base model as staged: random bf16 weights where a run's model is looked for."""
+    folder = run.root / "models" / "random"
+    begun = time.monotonic()
+    parameters = load.write_random(folder, config_of(options))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"{parameters:,} random bf16 weights written in {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    return true_shapes.tiny_config("31B") if options.tiny else true_shapes.true_config("31B", options.layers)
+
+
 def start(run: RunDir, cards: int, options: argparse.Namespace, **environment: str) -> dict[str, Any]:
     """Runs an attempt in processes of its own; returns how it ended."""
     own = ["-m", "benchmarks.two_cards", "--worker", str(run.path), "--layers", str(options.layers)]
-    own += [flag for flag, on in (("--tiny", options.tiny), ("--no-compile", options.no_compile)) if on]
+    own += [f"--{on.replace('_', '-')}" for on in FLAGS if getattr(options, on)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
     log = run.path / "log"
     begun = time.monotonic()
@@ -222,6 +248,8 @@ def table(result: dict[str, Any]) -> str:
     rows = [f"{result['device']}, torch {result['torch']}, {result['text_layers']} text layers", ""]
     rows += [f"{name:<32}{value:>10.2f} samples/s" for name, value in speed.items()]
     rows += [f"{'speedup':<32}{result['speedup']:>10.2f}", ""]
+    rows += [f"{name:<32}{gib:>10.2f} GiB at most on a card" for name, gib in result["peak_memory_gib"].items()]
+    rows += [""]
     rows += [
         f"{name:<32}{by:>10.2g} largest relative difference of a loss"
         for name, by in result["largest_relative_difference_of_a_loss"].items()
@@ -251,9 +279,14 @@ def worker(options: argparse.Namespace) -> int:
             self._make(options)
 
         def _make(self, options: argparse.Namespace) -> None:
-            config = true_shapes.tiny_config("31B") if options.tiny else true_shapes.true_config("31B", options.layers)
+            config = config_of(options)
             torch.backends.cuda.enable_cudnn_sdp(False)
-            base = true_shapes.build(config, self.device)
+            if options.sharded:
+                settings = self.recipe.model.model_copy(update={"quantization": "none"})
+                folder = self.run.root / "models" / "random"
+                base = load_base(folder, settings, device=self.device, shards=self.ranks.size)
+            else:
+                base = true_shapes.build(config, self.device)
             samples: Any = Samples(config)
             choose_attention(base, "auto", tokens=samples.tokens, device=self.device)
             set_seed(self.recipe.training.seed)
