@@ -34,6 +34,7 @@ from g4trainer import gemma, timing, vram
 from g4trainer import recipe as recipes
 from g4trainer.attention import choose_attention
 from g4trainer.compiled import compile_layers
+from g4trainer.forward import never_wait
 from g4trainer.limits import ACCELERATORS
 from g4trainer.model import attach_lora
 
@@ -129,6 +130,7 @@ def loaded(config: Any, size: gemma.Size, r: int, device: torch.device) -> Any:
     torch.manual_seed(0)
     settings = recipes.Lora(r=r, lora_alpha=r)
     model = attach_lora(true_shapes.build(config, device), settings, base_model=f"gemma-4-{size}-it")
+    never_wait(model)
     if device.type == "cuda":
         compile_layers(model)
     return model

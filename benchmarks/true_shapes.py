@@ -35,6 +35,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from g4trainer import experts, gemma
 from g4trainer import recipe as recipes
 from g4trainer.compiled import compile_layers
+from g4trainer.forward import never_wait
 from g4trainer.model import attach_lora, compute_dtype
 from g4trainer.quantization import UNQUANTIZED, Nf4Config, compute_in, prepare_experts
 
@@ -54,7 +55,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--checkpointing", choices=("full", "none"), default="full")
     parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
-    parser.add_argument("--compile", action="store_true", help="compile each layer, as a run on a GPU does")
+    parser.add_argument("--compile", action="store_true", help="compile each layer and place images, as a run does")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -66,6 +67,7 @@ def main() -> int:
     if options.checkpointing == "full":
         checkpoint_activations(model)
     if options.compile:
+        never_wait(model)
         compile_layers(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(

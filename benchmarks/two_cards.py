@@ -8,8 +8,8 @@ Needs two GPUs of one host. The model has 31B's true width, its whole vision tow
 random NF4 weights; samples are of 504 tokens, 5 to 14 of them supervised. Everything else is the trainer's own: an
 attempt as `python -m g4trainer run` does it, under torchrun where there are two processes, in four parts:
 
-    one card    effective batch 8 as 8 x 1, to the end
-    two cards   effective batch 8 as 4 x 2 cards; a process of it gets SIGKILL
+    one card    effective batch 8 as 8 x 1, or cut by --micro-batch, to the end
+    two cards   effective batch 8 as 4 x 1 on each card; a process of it gets SIGKILL
     resumed     the killed run to its end, a copy of it on one card, another on two
 
 With --sharded the first two, to the end, of a model that is read from disk as a run reads it. Prints a table, then one
@@ -49,6 +49,7 @@ from g4trainer.attention import choose_attention
 from g4trainer.collator import IGNORED
 from g4trainer.compiled import compile_layers
 from g4trainer.dataset import Splits
+from g4trainer.forward import never_wait
 from g4trainer.launch import freeze
 from g4trainer.metrics import read_metrics
 from g4trainer.model import attach_lora, load_base
@@ -59,8 +60,8 @@ from g4trainer.trainer import RunTrainer
 
 EFFECTIVE_BATCH = 8
 SAMPLES = 64
-STEPS, SAVED_AT, KILLED_AT = 18, 12, 15
-WARM_STEPS = 4
+STEPS, LOGGED_EVERY, SAVED_AT, KILLED_AT = 24, 3, 18, 20
+WARM_STEPS = 6
 """Steps that are not timed: the first compile."""
 LEARNING_RATE = 2e-4
 FLAGS = ("tiny", "no_compile", "sharded")
@@ -72,6 +73,8 @@ PART_S = 120
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="text layers to keep")
+    parser.add_argument("--micro-batch", type=int, default=EFFECTIVE_BATCH, help="samples a pass at most")
+    parser.add_argument("--resume-on", type=int, nargs="+", default=(1, 2), help="cards, for a run each")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--sharded", action="store_true", help="weights in bf16, shared by the two cards")
     parser.add_argument("--tiny", action="store_true", help="the structure of the size at a tiny width, on the CPU")
@@ -104,12 +107,12 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     else:
         parts["two cards, one killed"] = start(two, 2, options, TWO_CARDS_KILL=str(KILLED_AT))
         losses["two cards"] = losses_of(two)
-        for count in (1, 2):
+        for count in options.resume_on:
             run = copy_of(two, f"resumed-on-{count}")
             parts[f"resumed on {count}"] = start(run, count, options)
             losses[f"resumed on {count}"] = losses_of(run, since=SAVED_AT)
     differences = {f"{other} and one card": difference(losses[other], losses["one card"]) for other in list(losses)[1:]}
-    if not options.sharded:
+    if {"resumed on 1", "resumed on 2"} <= losses.keys():
         differences["resumed on 2 and on 1"] = difference(losses["resumed on 2"], losses["resumed on 1"])
     speed = {"one card": samples_a_second(one), "two cards": samples_a_second(two)}
     problems = [f"{name}: exit code {part['exit_code']}" for name, part in parts.items() if not part["as_expected"]]
@@ -175,6 +178,7 @@ def config_of(options: argparse.Namespace) -> Any:
 def start(run: RunDir, cards: int, options: argparse.Namespace, **environment: str) -> dict[str, Any]:
     """Runs an attempt in processes of its own; returns how it ended."""
     own = ["-m", "benchmarks.two_cards", "--worker", str(run.path), "--layers", str(options.layers)]
+    own += ["--micro-batch", str(options.micro_batch)]
     own += [f"--{on.replace('_', '-')}" for on in FLAGS if getattr(options, on)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
     log = run.path / "log"
@@ -238,9 +242,13 @@ def samples_a_second(run: RunDir) -> float:
     """By the median time of the warm steps before the first checkpoint, of the first attempt."""
     lines = [json.loads(line) for line in (run.metrics / "0001.jsonl").read_bytes().splitlines()]
     times = [
-        datetime.fromisoformat(line["time"]).timestamp() for line in lines if WARM_STEPS <= line["step"] < SAVED_AT
+        datetime.fromisoformat(line["time"]).timestamp() for line in lines if WARM_STEPS <= line["step"] <= SAVED_AT
     ]
-    return EFFECTIVE_BATCH / statistics.median(after - before for before, after in itertools.pairwise(times))
+    return (
+        EFFECTIVE_BATCH
+        * LOGGED_EVERY
+        / statistics.median(after - before for before, after in itertools.pairwise(times))
+    )
 
 
 def table(result: dict[str, Any]) -> str:
@@ -292,11 +300,12 @@ def worker(options: argparse.Namespace) -> int:
             set_seed(self.recipe.training.seed)
             lora = self.recipe.lora.model_copy(update={"r": 4 if options.tiny else 64})
             self.model = attach_lora(base, lora, base_model=self.recipe.model.id)
+            never_wait(self.model)
             self.initial_adapter = {}
             self.splits = Splits(list(range(SAMPLES)), [], [], (), 0)  # type: ignore[arg-type]
             self.collator = samples
             self.attempt.own_the_run()
-            self.plan.follow(plan_for(self.run, self.ranks.size))
+            self.plan.follow(plan_for(self.run, self.ranks.size, options.micro_batch))
             if self.device.type == "cuda" and not options.no_compile:
                 compile_layers(self.model)
 
@@ -313,20 +322,21 @@ def worker(options: argparse.Namespace) -> int:
     return program.main(["run", str(options.worker)])
 
 
-def plan_for(run: RunDir, processes: int) -> Plan:
-    """One micro-batch a step on each card; a resumed run keeps the micro-batch it had."""
+def plan_for(run: RunDir, processes: int, micro_batch: int) -> Plan:
+    """As few micro-batches a step on each card as that one allows; a resumed run keeps what it had."""
     if run.plan.exists():
         return Plan.from_json(read_json(run.plan))
+    micro = min(micro_batch, EFFECTIVE_BATCH // processes)
     plan = Plan(
-        per_device_train_batch_size=EFFECTIVE_BATCH // processes,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=EFFECTIVE_BATCH // processes // micro,
         activation_checkpointing="none",
         evaluation_batch_size=1,
         total_steps=STEPS,
         warmup_steps=2,
         eval_steps=STEPS + 1,
         save_steps=SAVED_AT,
-        logging_steps=1,
+        logging_steps=LOGGED_EVERY,
         processes=processes,
     )
     if os.environ.get("RANK", "0") == "0":

@@ -25,6 +25,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear, Ge
 from g4trainer import experts, lora_targets
 from g4trainer import recipe as recipes
 from g4trainer.exits import ModelError
+from g4trainer.forward import never_wait
 from g4trainer.host_embedding import embeddings_on_host, keep_on_host
 from g4trainer.quantization import (
     EXPERT_WEIGHTS,
@@ -107,6 +108,7 @@ def load_base(folder: Path, settings: recipes.Model, *, device: torch.device, sh
     if shards > 1:  # generation calls the vision tower by itself, before the model whose call would gather the rest
         register_fsdp_forward_method(model, "generate")
     compute_in(model, dtype)
+    never_wait(model)
     if shards == 1 and embeddings_on_host(settings, device):
         keep_on_host(model)
     return model

@@ -17,7 +17,8 @@ EMBEDDINGS_ON_HOST = 'model.per_layer_embeddings="host"'
 EVALUATIONS_A_RUN = 10
 CHECKPOINTS_KEPT = 2
 """Committed checkpoints that rotation leaves, besides the best one."""
-LOG_LINES_A_RUN = 400
+LOG_LINES_A_RUN = 200
+"""A step that is logged waits for the device."""
 DATALOADER_WORKERS = {"cuda": 4, "cpu": 0}
 """Processes that decode images beside the GPU, where the machine is not known; on a CPU they would take the cores that
 train."""
@@ -396,7 +397,7 @@ def training_arguments(
         "warmup_steps": plan.warmup_steps,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": "adamw_torch_fused" if device == "cuda" else "adamw_torch",
+        "optim": "adamw_torch_fused",  # which can pass over a step (g4trainer.finite)
         "seed": training.seed,
         "bf16": device == "cuda",
         "use_cpu": device == "cpu",

@@ -18,6 +18,8 @@ SECONDS_BETWEEN_CHECKPOINTS = 300.0
 """With save_steps = "auto": the work that an interruption loses at most, besides a step and a checkpoint's write."""
 RECENT_STEPS = 20
 """The longest of so many steps is what the next one may take; the first of all, which compiles, is soon forgotten."""
+STEPS_AHEAD = 2
+"""Steps that an attempt needs time for before it may stop: the one that the device is still at, and the next."""
 ADAM_BYTES = 12
 """Of a checkpoint, a trainable parameter: itself and AdamW's two moments, in fp32."""
 
@@ -70,7 +72,7 @@ class RunCallback(TrainerCallback):
         took = time.monotonic() - self._step_began
         step, total = state.global_step, trainer.plan.total_steps
         self._recent_steps.append(took)
-        attempt.deadline.reserve("step", max(self._recent_steps))
+        attempt.deadline.reserve("step", STEPS_AHEAD * max(self._recent_steps))
         attempt.deadline.reserve("checkpoint", trainer.writer.expected_s())
         progress.seconds += took
         progress.samples += trainer.take_samples()

@@ -2,12 +2,16 @@
 
 The loss is taken only where a token is supervised and normalized by the supervised tokens of the whole effective
 batch, so that how a batch is cut into micro-batches changes nothing.
+
+A step never waits for the device: while that computes one, the host starts the kernels of the next. Whether loss and
+gradient are finite is decided on the device, which leaves the adapters as they are where not, and read a step later.
 """
 
 import contextlib
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +26,7 @@ from g4trainer.checkpoint_writer import CheckpointWriter
 from g4trainer.collator import IGNORED, Collator
 from g4trainer.dataset import Example
 from g4trainer.exits import Interrupted, NonFiniteLoss
+from g4trainer.finite import FiniteGuard
 from g4trainer.model import adapter_tensors, load_adapter_weights
 from g4trainer.pixels import as_numbers
 from g4trainer.planner import Plan
@@ -68,6 +73,8 @@ class RunTrainer(Trainer):
         self.add_callback(self._between_steps)
         if self.ranks.size > 1:  # what the Trainer calls a model that sees to its gradients itself: it is not wrapped
             self.is_distributed_loading_by_transformers = True
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._guard = FiniteGuard()
         self.model_accepts_loss_kwargs = True  # so that compute_loss is told the tokens of the effective batch
         self.progress = Progress()
         self.writer = CheckpointWriter(attempt.run.checkpoints, recipe_hash, attempt.claim)
@@ -84,7 +91,8 @@ class RunTrainer(Trainer):
         """
         self._resumed = checkpoint
         try:
-            self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+            with self._asking_only_adapters():
+                self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         finally:
             self.writer.wait()
         self.ranks.share(None)  # nobody goes on before everything is committed
@@ -150,12 +158,31 @@ class RunTrainer(Trainer):
             loss, _ = self._summed_loss(self.model, inputs)
         loss.backward()
 
-    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """A micro-batch, forward and backward; after the last of a step, gradients are those of all ranks together."""
-        loss: torch.Tensor = super().training_step(*arguments, **options)
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
         if self.ranks.size > 1 and self.accelerator.sync_gradients:
-            self.ranks.average_gradients(self.trained_parameters())
-        return loss
+            self.ranks.average_gradients(self._trained)
+        return loss.detach()
+
+    @contextlib.contextmanager
+    def _asking_only_adapters(self) -> Iterator[None]:
+        """Within, the model's `zero_grad`, which the Trainer calls, does not go through its thousands of modules."""
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            for parameter in self._trained:
+                parameter.grad = None
+
+        self.model.zero_grad = zero_grad
+        try:
+            yield
+        finally:
+            del self.model.zero_grad
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
         """All ranks begin with rank 0's adapters. The Trainer's own hooks reduce one parameter at a time."""
@@ -205,20 +232,33 @@ class RunTrainer(Trainer):
         samples = sum(len(batch["input_ids"]) for batch, count in zip(batch_samples, supervised, strict=True) if count)
         tokens, all_samples = self.ranks.total(sum(supervised), samples)
         self._samples_of_all_ranks = int(all_samples)
-        return torch.tensor(tokens, dtype=torch.float32, device=device)
+        return torch.full((), tokens, dtype=torch.float32, device=device)
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Raises NonFiniteLoss before the optimizer takes the step."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def _prepare_input(self, data: Any) -> Any:
+        """On the device; from pinned memory, without waiting for what was asked of it before."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> torch.Tensor:
+        """The norm of all gradients. Has the optimizer pass over a step that is not finite.
+
+        Raises NonFiniteLoss where the step before was one.
+        """
+        norm: torch.Tensor = grad_norm
         if norm is None:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-        for what, value in (("gradient's norm", float(norm)), ("loss", float(self._tr_loss))):
-            if not math.isfinite(value):
-                raise NonFiniteLoss(
-                    f"the {what} is {value} at step {self.state.global_step + 1}, "
-                    f"the learning rate {self._get_learning_rate():.3g}."
-                )
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        self._guard.check()
+        self._guard.watch(
+            self.optimizer.optimizer,
+            norm=norm,
+            loss=self._tr_loss,
+            step=self.state.global_step + 1,
+            learning_rate=self._get_learning_rate(),
+        )
         return norm
 
     # Validation
@@ -339,6 +379,11 @@ class RunTrainer(Trainer):
     # Progress
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save:
+            begun = time.monotonic()
+            self._guard.check()
+            self.progress.seconds += time.monotonic() - begun  # the device was still at the step
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._between_steps.start_step_clock()
 
@@ -355,7 +400,7 @@ class RunTrainer(Trainer):
 
     def trained_parameters(self) -> Iterator[torch.nn.Parameter]:
         """The adapters."""
-        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        return iter(self._trained)
 
     def take_samples(self) -> int:
         """Samples of the step that has ended, over all ranks; counting begins again."""
@@ -366,7 +411,7 @@ class RunTrainer(Trainer):
         """`train` of results.json."""
         return self.progress.summary(
             steps=self.state.global_step,
-            trainable_parameters=sum(p.numel() for p in self.trained_parameters()),
+            trainable_parameters=sum(p.numel() for p in self._trained),
             peak_memory_bytes=self._peak_memory(),
         )
 
