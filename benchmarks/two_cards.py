@@ -66,7 +66,7 @@ WARM_STEPS = 6
 LEARNING_RATE = 2e-4
 FLAGS = ("tiny", "no_compile", "sharded")
 """Options that the processes of a part are given too."""
-PART_S = 120
+PART_S = 240
 """Longer than any part takes; a part that hangs is a failure."""
 
 
@@ -197,7 +197,7 @@ def start(run: RunDir, cards: int, options: argparse.Namespace, **environment: s
                     "NCCL_NVLS_ENABLE": "0",
                     "G4KIT_STATUS_INTERVAL_S": "1",
                     "OMP_NUM_THREADS": "4" if torch.cuda.is_available() else "1",
-                    **({"CUDA_VISIBLE_DEVICES": "0"} if cards == 1 else {}),
+                    **({"CUDA_VISIBLE_DEVICES": first_card()} if cards == 1 else {}),
                     **environment,
                 },
             ).returncode
@@ -214,6 +214,10 @@ def start(run: RunDir, cards: int, options: argparse.Namespace, **environment: s
     print(f"{run.path.name} on {cards}: {ended}; {samples_a_second(run):.2f} samples/s", flush=True)
     print(json.dumps(losses_of(run)), flush=True)
     return ended
+
+
+def first_card() -> str:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def copy_of(run: RunDir, name: str) -> RunDir:
@@ -244,11 +248,8 @@ def samples_a_second(run: RunDir) -> float:
     times = [
         datetime.fromisoformat(line["time"]).timestamp() for line in lines if WARM_STEPS <= line["step"] <= SAVED_AT
     ]
-    return (
-        EFFECTIVE_BATCH
-        * LOGGED_EVERY
-        / statistics.median(after - before for before, after in itertools.pairwise(times))
-    )
+    median = statistics.median(after - before for before, after in itertools.pairwise(times))
+    return EFFECTIVE_BATCH * LOGGED_EVERY / median
 
 
 def table(result: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ class FiniteGuard:
         optimizer: AdamW with `fused=True`, which reads `found_inf` on the device as it does for torch.amp.GradScaler.
         """
         numbers = torch.stack([norm.detach().float(), loss.detach().float().reshape(())])
-        optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
+        optimizer.found_inf = (~numbers.isfinite().all()).float()
         arrived = None
         if numbers.is_cuda:
             numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory

@@ -45,7 +45,7 @@ def _placing(kind: Any) -> Any:
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         *,
-        image_position_ids: torch.Tensor | None = None,
+        image_position_ids: Any = None,
         use_cache: bool | None = None,
         past_key_values: Any = None,
         **options: Any,
@@ -80,9 +80,7 @@ def _per_layer_inputs(
     return made
 
 
-def _soft_tokens(
-    model: Any, pixel_values: torch.Tensor, positions: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _soft_tokens(model: Any, pixel_values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of all images with their padding (images, slots, hidden), and how many each has (images,)."""
     tower = model.vision_tower
     tower.pooler.keeps_padding = True
