@@ -76,10 +76,11 @@ NOISE = 2.0
 def main() -> int:
     parser = true_shapes.parser_of_shapes(__doc__)
     parser.add_argument("--only", choices=("agreement", "peers", "ours"), nargs="+", default=())
+    parser.add_argument("--auto", action="store_true", help="ours plans and tries its micro-batch, as a run does")
     options = parser.parse_args()
     parts = options.only or ("agreement", "peers", "ours")
     torch.backends.cuda.enable_cudnn_sdp(False)
-    bench = Bench(options.size, options.layers, tiny_width=options.tiny)
+    bench = Bench(options.size, options.layers, tiny_width=options.tiny, auto=options.auto)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
     print(f"{bench.title}: {versions}, peft {peft.__version__}; {bench.card}, {bench.peak / 1e12:.0f} TFLOP/s measured")
     rows = bench.peers() if "peers" in parts else []
@@ -99,8 +100,8 @@ def main() -> int:
 class Bench:
     """A base model and samples, and what is measured of them."""
 
-    def __init__(self, size: gemma.Size, layers: int | None, *, tiny_width: bool) -> None:
-        self.size, self.tiny = size, tiny_width
+    def __init__(self, size: gemma.Size, layers: int | None, *, tiny_width: bool, auto: bool = False) -> None:
+        self.size, self.tiny, self.auto = size, tiny_width, auto
         self.title = f"{size}{f', {layers} text layers' * bool(layers)}{' (tiny)' * tiny_width}"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.card = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
@@ -247,6 +248,8 @@ class Bench:
         stamps = [datetime.fromisoformat(line["time"]).timestamp() for line in lines if "learning_rate" in line]
         steps = [(after - before) / plan["logging_steps"] for before, after in itertools.pairwise(stamps)]
         print("seconds by phase", json.dumps(results["seconds"]), "steps", [round(step, 2) for step in steps])
+        for tried in plan["trial"] or ():
+            print("tried", json.dumps(tried))
         micro, batch = plan["per_device_train_batch_size"], plan["evaluation_batch_size"]
         gib = results["train"]["peak_memory_bytes"] / 2**30
         print(f"evaluation batches of {batch}: seconds {[round(one, 1) for one in batches]}")
@@ -275,11 +278,11 @@ class Bench:
             datasets.Dataset.from_dict(rows, features=features).to_parquet(str(data / f"{split}.parquet"))
         for folder in (model, data):
             (folder / "STAGED.json").write_text('{"files": {}}')
+        cut = f"per_device_train_batch_size = {MICRO_BATCH}\nactivation_checkpointing = 'none'\n" * (not self.auto)
         (root / "recipe.toml").write_text(
             f"name = 'step-time'\n[model]\nid = 'random'\nmax_soft_tokens = {self.budget}\n"
             f"[data]\ndataset = 'photos'\nvalidation_size = 0.0\nprompt = {json.dumps(self.prompt)}\n"
-            f"[training]\nnum_train_epochs = 1\nper_device_train_batch_size = {MICRO_BATCH}\n"
-            f"activation_checkpointing = 'none'\nload_best_model = false\n[evaluation]\nbaseline = false\n"
+            f"[training]\nnum_train_epochs = 1\n{cut}load_best_model = false\n[evaluation]\nbaseline = false\n"
             f"[job]\naccelerator = 'nvidia-h200-141gb'\n"
         )
 
