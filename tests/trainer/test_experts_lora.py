@@ -1,6 +1,8 @@
 """LoRA on the experts of 26B-A4B: the arithmetic, PEFT's names, what is kept, what is merged and what is refused."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
+from torch._inductor import cpu_vec_isa
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForMultimodalLM
 
-from g4trainer import gemma, lora_targets, merging, nf4, tiny, vram
+from g4trainer import experts, gemma, lora_targets, merging, nf4, tiny, vram
 from g4trainer import recipe as recipes
 from g4trainer.compiled import compile_layers
 from g4trainer.exits import ModelError
@@ -33,6 +38,7 @@ from trainer.making import (
 )
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+needs_cpp = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for a CPU is C++")
 RANK = 3  # no multiple of what a grouped product takes: it is filled up
 
 
@@ -189,6 +195,61 @@ def test_a_compiled_layer_says_and_learns_the_same(folder: Path) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
     for plain, compiled in zip(*found, strict=True):
         assert relative_error(compiled, plain) < 1e-4
+
+
+def test_inductor_leaves_the_operands_of_a_grouped_product_as_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 it calls the product itself, which refuses a matrix none of whose last two strides is 1, in both passes.
+
+    What it fuses between products would be compiled for a quarter of a minute, and does nothing here.
+    """
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", list)
+    ends = torch.tensor([8, 8, 20, 24, 32], dtype=torch.int32)
+    weight = torch.zeros(5, 16, 24, dtype=torch.bfloat16)
+    rows = torch.zeros(32, 24, dtype=torch.bfloat16, requires_grad=True)
+    low = torch.zeros(5 * RANK, 24, requires_grad=True)
+    high = torch.zeros(16, RANK * 5, requires_grad=True)
+
+    def product(rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        down, up = low.unflatten(0, (5, RANK)), high.unflatten(1, (RANK, 5)).permute(2, 0, 1)
+        return experts._product(rows, weight, ends, experts.Factors(down, up, 2.0))
+
+    monkeypatch.setenv("CC", "cc")
+    compile_layers(torch.nn.Identity(), backend="inductor")  # for what it sets, whatever the layers are
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with fresh_cache():
+        torch.compile(product, dynamic=False, fullgraph=True)(rows, low, high).sum().backward()
+    assert torch._dynamo.utils.counters["aten_mm_info"]["aten._grouped_mm.default"] == 3 + 5
+
+
+@needs_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "rank"), [("none", 8), ("nf4", RANK)])
+def test_what_inductor_makes_of_whole_experts_says_and_learns_the_same(folder: Path, kind: str, rank: int) -> None:
+    model = adapted_model(folder, quantization=kind, r=rank, target_parameters=EXPERTS)
+    fill_adapters(model, std=0.2)
+    wrapper = wrapper_of(model)
+    base = wrapper.get_base_layer().to(torch.bfloat16)
+    if kind == "nf4":
+        for weight in (base.gate_up_proj, base.down_proj):
+            weight.quant_state.dtype = torch.bfloat16
+    x, index, share = routed(wrapper.num_experts)
+    leaves = [x.bfloat16().requires_grad_(), share.bfloat16().requires_grad_(), *factors_of(wrapper).values()]
+    compile_layers(torch.nn.Identity(), backend="inductor")
+    says_and_learns_the_same(lambda x, share, *_: wrapper(x, index, share), leaves)
+
+
+def says_and_learns_the_same(work: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> None:
+    """Compiled by inductor into one graph, a function of the leaves has the same result and gradients."""
+    torch.compiler.reset()
+    found = []
+    for through in (work, torch.compile(work, dynamic=False, fullgraph=True)):
+        output = through(*leaves)
+        found.append([output, *torch.autograd.grad(output.float().pow(2).sum(), leaves)])
+    for plain, compiled in zip(*found, strict=True):
+        assert plain.norm() > 0
+        assert relative_error(compiled.detach().float(), plain.detach().float()) < 0.02
 
 
 # PEFT's names

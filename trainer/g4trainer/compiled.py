@@ -32,6 +32,9 @@ RECOMPILE_LIMIT = 128
 """Graphs that the layers of a model may have: by kind of layer, length and batch. torch's own limit of 8 would leave
 the rest uncompiled without a word."""
 BACKEND = "inductor"
+CACHE_KEY_TAG = "grouped products as traced"
+"""Keeps out graphs on disk that were compiled without `_keep_layouts_of_grouped_products`: torch's own key for them
+does not tell."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ def compile_layers(model: torch.nn.Module, *, backend: str | None = None) -> int
         log.warning("no C compiler on this machine: the layers are not compiled, and training is slower")
         return 0
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    if backend == "inductor":
+        _keep_layouts_of_grouped_products()
     nf4.use_in_compiled_layers(model)
     layers = [
         module for module in model.modules() if isinstance(module, Gemma4TextDecoderLayer | Gemma4VisionEncoderLayer)
@@ -89,6 +94,20 @@ def generating(model: torch.nn.Module) -> Iterator[None]:
 def is_compiled(layer: torch.nn.Module) -> bool:
     """Whether a layer is one of those that `compile_layers` made."""
     return hasattr(layer, "in_parts")
+
+
+def _keep_layouts_of_grouped_products() -> None:
+    """Makes inductor hand every grouped product, of both passes, its operands in the layouts they were traced with.
+
+    By itself (torch 2.13, `require_dense`) it makes sure that one stride of an operand is 1, whichever; the product
+    needs one of the last two to be. A contiguous copy of a permuted tensor, as experts.py makes of lora_B, would be
+    laid out in the order in which it is read, and refused when the layer runs.
+    """
+    # Not above: it takes over a second, and only a run that compiles needs it.
+    from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides
+
+    add_layout_constraint(torch.ops.aten._grouped_mm.default, constrain_to_fx_strides)
+    torch.compiler.config.cache_key_tag = CACHE_KEY_TAG
 
 
 @functools.cache
