@@ -144,13 +144,14 @@ say what to write. `g4kit resume ID --max-cost USD` sets another cap.
 
 ## How memory and time are predicted
 
-Bytes are counted from config.json: weights, adapters and optimizer exactly, activations tensor by tensor. A forward or
-backward pass takes what the card computes, floating-point operations over its rate, or what the host needs to start
-its kernels, whichever is longer. The factors were fitted on an H200; the error of the model on each row measured there:
+Bytes are counted from config.json: weights, adapters and optimizer exactly, activations tensor by tensor that the
+compiler keeps; the peak is sought layer by layer. A step takes what the card computes, floating-point operations over
+its rate and bytes over its bandwidth, or what the host needs to start its kernels, whichever is longer. The factors of
+time were fitted on an H200; the error of the model on each row measured there:
 
 {calibration}
 
-Not calibrated: the E2B, micro-batches above 8, other cards (scaled by their published rates, so their range is wide),
+Not calibrated: the E2B, micro-batches above 16, other cards (scaled by their published rates, so their range is wide),
 other hosts' processors, loading and writing on Cloud Run. `benchmarks/memory_and_time.py` measures settings on a CUDA
 card and prints predicted against measured.
 

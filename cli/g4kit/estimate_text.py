@@ -16,6 +16,7 @@ SYMBOLS = {
     "LoRA": "L",
     "gradients": "G",
     "optimizer": "O",
+    "batch": "b",
     "bf16 copies of LoRA": "c",
     "activations, text": "a",
     "activations, vision": "v",

@@ -39,11 +39,12 @@ def test_what_fits_fills_every_auto_of_a_plan() -> None:
     [
         ("31B", 94, 4, "none"),
         ("31B", 79, 2, "none"),
-        ("E4B", 40, 8, "half"),
+        ("E4B", 40, 4, "none"),
         ("31B", 40, 8, "full"),
         ("31B", 178, 8, "none"),
         ("E4B", 94, 8, "none"),
-        ("E4B", 21.8, 8, "full"),
+        ("E4B", 21.8, 4, "half"),
+        ("E4B", 20, 8, "full"),
     ],
 )
 def test_the_fastest_setting_that_fits(size: gemma.Size, gib: float, micro: int, checkpointing: str) -> None:

@@ -1,9 +1,10 @@
 """Seconds of a run, from floating-point operations, the card's rates and measured efficiency; no torch is needed.
 
-A pass over a micro-batch takes what the card computes, or what the host needs to start every kernel of every layer,
-whichever is longer: small models and small micro-batches wait for the host. All was fitted to steps on an H200
-(`python -m g4trainer.calibration` prints them); other cards are scaled by their published rates, which is why their
-range is wide.
+A step takes what the card computes, or what the host needs to start every kernel of every layer, whichever is longer:
+small models and small micro-batches wait for the host. The card's time is that of matrix products, by its rate, and of
+everything between them, by its bandwidth and what the layers keep: narrow models spend more of theirs on the second.
+All was fitted to passes on an H200 (`python -m g4trainer.calibration` prints the steps); other cards are scaled by
+their published rates, which is why their range is wide.
 """
 
 import math
@@ -12,27 +13,44 @@ from dataclasses import dataclass
 from typing import Any
 
 from g4trainer.recipe import Recipe
-from g4trainer.vram import ADAM, FP32, GIB, Checkpointing, Model, Shape, answer_tokens, attention_for
+from g4trainer.vram import (
+    ADAM,
+    FP32,
+    GIB,
+    Attention,
+    Checkpointing,
+    Model,
+    Shape,
+    Step,
+    answer_tokens,
+    attention_for,
+    kept_by_layers,
+)
 
 RECOMPUTED: Mapping[Checkpointing, float] = {"none": 0.0, "half": 0.5, "full": 1.0}
 """Share of the forward pass that the backward pass computes again."""
 ACHIEVED_RATE = 0.8
 """Of a card's published dense bf16 rate, what large matrix products reach: 790 of 989 TFLOP/s measured on an H200."""
-FORWARD_EFFICIENCY, BACKWARD_EFFICIENCY = 0.60, 0.58
-"""Of that, what the matrix products of a compiled pass reach, element-wise work included. Fitted."""
-ATTENTION_BACKWARD_EFFICIENCY = 0.25
-"""The same for attention in the backward pass. Fitted."""
-MASKED_FORWARD_EFFICIENCY, MASKED_BACKWARD_EFFICIENCY = 0.10, 0.045
-"""The same for the text layers' scaled_dot_product_attention, which has a mask and heads of 256 and 512. Fitted."""
-LINEAR_FORWARD_S, LINEAR_BACKWARD_S = 0.00044, 0.00019
-"""The host's time to start a linear module's kernels and its share of those between. Of the 31B at a micro-batch of 1;
-it goes by the host's processor."""
+PRODUCT_EFFICIENCY = 0.70
+"""Of that, what a layer's matrix products reach, LoRA's and attention's forward pass among them. This and the six
+below: fitted together to 14 forward and backward passes of 31B, 26B-A4B and E4B, each within 3 %."""
+FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 2.9, 3.9
+"""Bytes that norms, activations and sums move through the card's memory, as multiples of what the layers keep."""
+EXPERTS_EFFICIENCY = 0.17
+"""Of ACHIEVED_RATE, what grouped products over 128 experts reach, sorting and gathering rows included: 26B-A4B with 259
+rows an expert."""
+ATTENTION_BACKWARD_EFFICIENCY = 0.33
+"""The same for attention in the backward pass."""
+MASKED_FORWARD_EFFICIENCY, MASKED_BACKWARD_EFFICIENCY = 0.10, 0.041
+"""The same for the text layers' scaled_dot_product_attention, which has a mask and heads of 256 and 512."""
+LINEAR_FORWARD_S, LINEAR_BACKWARD_S, LINEAR_STEP_S = 0.00044, 0.00019, 0.00012
+"""The host's time for a linear module: to start its kernels and its share of those between, and to clip and step its
+adapter. Of the 31B at a micro-batch of 1; it goes by the host's processor."""
 STEP_S = 0.02
 """Clipping, the optimizer's and the loss's own kernels, and the wait for them."""
-PREFILL_EFFICIENCY = 0.60
-"""For prompts of the evaluation, compiled: with the tokens it gives the 0.092 s an image that were measured."""
 DEQUANTIZATION = 0.73
-"""Of a card's published bandwidth, what dequantizing reaches: 43.7 ms for both passes over the 31B, on an H200."""
+"""Of a card's published bandwidth, what dequantizing reaches: 43.7 ms for both passes over the 31B, on an H200. Taken
+for all that moves through its memory."""
 DEQUANTIZED_BYTES = 0.5 + 2
 """For each weight: read at 4 bits, written in bf16."""
 TOKEN_LAYER_S = 0.003
@@ -41,7 +59,8 @@ OPTIMIZER_BYTES = 2 * FP32 + 2 * FP32 + 2 * ADAM
 """Moved by AdamW and by clipping, for each trained parameter."""
 
 READ_GIB_S = 0.8
-"""From a bucket in the same region, by parallel readers. Not measured on Cloud Run."""
+"""From a bucket in the same region, by parallel readers; not measured on Cloud Run. From a disk, the NF4 copy was
+loaded at 1.29 beside an H200: the bucket sets the pace."""
 WRITE_GIB_S = 0.3
 """To the mounted bucket. An assumption."""
 START_S = 60.0
@@ -110,34 +129,19 @@ def step_seconds(
     model: Model, shape: Shape, card: Card, *, micro_batch: int, checkpointing: Checkpointing, accumulation: int
 ) -> float:
     """Of one optimizer step."""
-    rate = card.tflops * 1e12 * ACHIEVED_RATE
-    operations = forward_operations(model, shape)
-    masked = attention_for(model.recipe.model.attn_implementation, shape.tokens) == "sdpa"
-    forward = (operations.base + operations.lora + operations.vision_attention) / (rate * FORWARD_EFFICIENCY)
-    forward += operations.text_attention / (rate * (MASKED_FORWARD_EFFICIENCY if masked else FORWARD_EFFICIENCY))
-    backward = (operations.base + 2 * operations.lora) / (rate * BACKWARD_EFFICIENCY)
-    backward += 2.5 * operations.vision_attention / (rate * ATTENTION_BACKWARD_EFFICIENCY)
-    backward += (
-        2.5
-        * operations.text_attention
-        / (rate * (MASKED_BACKWARD_EFFICIENCY if masked else ATTENTION_BACKWARD_EFFICIENCY))
-    )
-    weights, linears = _weights_pass_s(model, card), len(model.facts.linears)
     again = RECOMPUTED[checkpointing]
-    seconds = max(weights + micro_batch * forward, linears * LINEAR_FORWARD_S)
-    seconds += max(
-        weights * (1 + again) + micro_batch * (backward + again * forward),
-        linears * (LINEAR_BACKWARD_S + again * LINEAR_FORWARD_S),
-    )
+    weights, linears = _weights_pass_s(model, card), len(model.facts.linears)
+    forward, backward = _forward_s(model, shape, card), _backward_s(model, shape, card)
+    passes = weights * (2 + again) + micro_batch * (forward * (1 + again) + backward)
     optimizer = model.lora_parameters * OPTIMIZER_BYTES / (card.bandwidth_gb_s * 1e9)
-    return accumulation * seconds + optimizer + STEP_S
+    host = accumulation * (LINEAR_FORWARD_S * (1 + again) + LINEAR_BACKWARD_S) + LINEAR_STEP_S
+    return max(accumulation * passes + optimizer + STEP_S, linears * host)
 
 
 def answer_seconds(model: Model, shape: Shape, card: Card, *, batch: int) -> float:
     """Of one image of the evaluation, whose batch goes on to its longest answer."""
-    rate = card.tflops * 1e12 * ACHIEVED_RATE * PREFILL_EFFICIENCY
     token = _weights_pass_s(model, card) + TOKEN_LAYER_S * model.facts.text_layers
-    return forward_operations(model, shape).total / rate + answer_tokens(model.recipe) * token / batch
+    return _forward_s(model, shape, card) + answer_tokens(model.recipe) * token / batch
 
 
 def estimate_time(
@@ -203,12 +207,51 @@ def attempts_needed(total_s: float, load_s: float, timeout_s: int) -> int:
     return max(1, math.ceil((total_s - load_s) / useful)) if useful > 0 else 0
 
 
+def _forward_s(model: Model, shape: Shape, card: Card) -> float:
+    """The card's seconds for one sample, weights apart."""
+    operations = forward_operations(model, shape)
+    masked = _attention(model, shape) == "sdpa"
+    seconds = (operations.base + operations.lora + operations.vision_attention) / PRODUCT_EFFICIENCY
+    seconds += operations.experts / EXPERTS_EFFICIENCY
+    seconds += operations.text_attention / (MASKED_FORWARD_EFFICIENCY if masked else PRODUCT_EFFICIENCY)
+    return seconds / _rate(card) + FORWARD_TRAFFIC * _kept(model, shape) / _bandwidth(card)
+
+
+def _backward_s(model: Model, shape: Shape, card: Card) -> float:
+    """The same of its backward pass: gradients of every product's input, of LoRA's weights too."""
+    operations = forward_operations(model, shape)
+    masked = _attention(model, shape) == "sdpa"
+    seconds = (operations.base + 2 * operations.lora) / PRODUCT_EFFICIENCY
+    seconds += operations.experts / EXPERTS_EFFICIENCY
+    seconds += 2.5 * operations.vision_attention / ATTENTION_BACKWARD_EFFICIENCY
+    text = MASKED_BACKWARD_EFFICIENCY if masked else ATTENTION_BACKWARD_EFFICIENCY
+    seconds += 2.5 * operations.text_attention / text
+    return seconds / _rate(card) + BACKWARD_TRAFFIC * _kept(model, shape) / _bandwidth(card)
+
+
+def _attention(model: Model, shape: Shape) -> Attention:
+    return attention_for(model.recipe.model.attn_implementation, shape.tokens)
+
+
+def _kept(model: Model, shape: Shape) -> int:
+    """Bytes that all layers keep of a sample where nothing is computed again."""
+    return kept_by_layers(model, shape, Step(1, "none", _attention(model, shape), accumulates=False))
+
+
+def _rate(card: Card) -> float:
+    return card.tflops * 1e12 * ACHIEVED_RATE
+
+
+def _bandwidth(card: Card) -> float:
+    return card.bandwidth_gb_s * 1e9 * DEQUANTIZATION
+
+
 def _weights_pass_s(model: Model, card: Card) -> float:
     """Seconds to dequantize every weight once, the experts' too."""
     quantized = sum(one.parameters for one in model.quantized)
     if model.quantized:
         quantized += model.facts.expert_parameters
-    return quantized * DEQUANTIZED_BYTES / (card.bandwidth_gb_s * 1e9 * DEQUANTIZATION)
+    return quantized * DEQUANTIZED_BYTES / _bandwidth(card)
 
 
 @dataclass(frozen=True)
@@ -216,14 +259,16 @@ class Operations:
     """Floating-point operations of one sample's forward pass."""
 
     base: float
-    """The base model's matrix products."""
+    """The base model's matrix products, but for those of experts."""
+    experts: float
+    """Those of experts, their LoRA's too."""
     lora: float
     text_attention: float
     vision_attention: float
 
     @property
     def total(self) -> float:
-        return self.base + self.lora + self.text_attention + self.vision_attention
+        return self.base + self.experts + self.lora + self.text_attention + self.vision_attention
 
 
 def forward_operations(model: Model, shape: Shape) -> Operations:
@@ -239,12 +284,10 @@ def forward_operations(model: Model, shape: Shape) -> Operations:
     for linear in model.adapted:
         lora += 2 * model.recipe.lora.r * (linear.inputs + linear.outputs) * lengths.get(linear.group, shape.tokens)
     passed = model.expert_share * shape.tokens  # tokens of each expert
-    base += 2 * model.facts.expert_parameters * passed
-    lora += (
-        sum(2 * model.recipe.lora.r * one.experts * (one.inputs + one.outputs) for one in model.adapted_experts)
-        * passed
-    )
-    return Operations(base, lora, attention["text"], attention["vision"])
+    experts = 2 * model.facts.expert_parameters * passed
+    adapters = sum(one.experts * (one.inputs + one.outputs) for one in model.adapted_experts)
+    experts += 2 * model.recipe.lora.r * adapters * passed
+    return Operations(base, experts, lora, attention["text"], attention["vision"])
 
 
 def describe(time: Time) -> Mapping[str, Any]:

@@ -1,12 +1,12 @@
 """GPU memory of a run, in bytes by part, from config.json and a recipe: neither torch nor a GPU is needed.
 
 Weights, LoRA, gradients and optimizer follow from the shapes and are exact (tests count them with torch). Activations
-are counted too, tensor by tensor that a compiled layer keeps for its backward pass, then scaled by the few factors
-below, which were fitted to measurements; `python -m g4trainer.calibration` prints them all, with the model's error.
+are counted too, tensor by tensor that the compiler keeps of a layer for its backward pass, which is then gone through
+layer by layer; `python -m g4trainer.calibration` prints the model's error on what was measured.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,16 +34,19 @@ ADAM = 2 * FP32
 
 EAGER_BELOW_TOKENS = 1024
 """Sequences shorter than this take eager text attention, which is faster there and keeps its scores."""
-SCORE_BYTES = 4
-"""Kept of each score of eager attention: measured 1.78 GiB a sample at 60 layers, 32 heads and 504 tokens."""
-KEPT = {"text": 1.045, "vision": 1.00}
-"""Kept by a compiled layer, against the count below. Fitted, see g4trainer.calibration."""
-UNCOMPILED = 1.5
-"""The same without compilation, where norms, activations and casts each keep their input."""
-WORKSPACE_LAYERS = 1.5
-"""Temporaries of the layer at work, as multiples of what it keeps: gradients of its inputs, and recomputed values."""
-DEQUANTIZED_COPIES = 2
-"""The largest matrix in bf16: the weight at work, and the one whose memory is not yet reused."""
+SCORE_BYTES = 2 * BF16
+"""Kept of each score of eager attention: the product of query and key, and its softmax."""
+UNCOMPILED = 2.0
+"""Kept without compilation, against a compiled layer: norms, activations and casts each keep their input. Of the twelve
+settings that are not compiled in benchmarks/README.md."""
+MOVING_INNER, MOVING_WIDTHS = 4, 2
+"""In flight in a layer's backward pass, a token: gradients of the MLP's product (the base weight's part and LoRA's), of
+gate and up; and of the layer's output and input. Measured on their own: 26B-A4B and E4B with all computed again."""
+CUBLAS_WORKSPACES = 2 * 32 * 2**20
+"""PyTorch's, of the forward pass's thread and the backward pass's, on an H200; on older cards less."""
+ANSWERING_LAYERS, ANSWERING_MATRICES = 1.5, 2
+"""Temporaries of an evaluation: as multiples of what its largest layer would keep, and of the largest matrix in bf16.
+Assumed."""
 LOGIT_BYTES = BF16 + 3 * FP32
 """Of each logit: as computed, in fp32, its softmax and its gradient."""
 FRAGMENTATION = 0.03
@@ -99,7 +102,15 @@ class Layer:
 
     kind: Literal["text", "vision"]
     kept: int
-    """Bytes a token (or patch), attention scores apart."""
+    """Bytes a token (or patch), attention scores apart, its input included."""
+    input: int
+    """Bytes a token of its input: all that is kept where the layer is computed again."""
+    moving: int
+    """Bytes a token in flight in its backward pass."""
+    matrix: int
+    """Bytes of its largest weight once dequantized; 0 where none is quantized."""
+    adapters: int
+    """Parameters of its LoRA."""
     heads: int
     keys: int
     """Bytes a token that its keys and values take in the generation cache; 0 where it uses another layer's."""
@@ -113,7 +124,7 @@ class Model:
         number_bytes: of each weight that is not quantized, and of each activation: 2 on a GPU, 4 on a CPU.
         shards: GPUs that share the base model's weights, each gathering those of the layer at work.
         """
-        self.shards = shards
+        self.shards, self.number_bytes = shards, number_bytes
         self.facts = gemma.facts_of(config)
         self.recipe = recipe
         linears = self.facts.linears
@@ -136,13 +147,15 @@ class Model:
         if shards > 1:
             self.weights = _sharded(self.weights, linears, number_bytes, shards)
         self.largest_matrix = max([*(one.parameters for one in linears), *(experts if nf4 else ())]) * BF16
-        self.layers = _layers(self.facts, config, recipe.lora.r, number_bytes, self.adapted_experts)
+        self.layers = _layers(self, config)
         text = config["text_config"]
         count = text.get("num_experts") or 0
         self.expert_share = text.get("top_k_experts", 0) / count if count else 0.0
-        self.vocabulary = int(config["text_config"].get("vocab_size", 262_144))
-        self.width = int(config["text_config"]["hidden_size"])
-        self.vision_width = int(config["vision_config"]["hidden_size"])
+        self.vocabulary = int(text.get("vocab_size", 262_144))
+        self.width = int(text["hidden_size"])
+        per_layer = (one.outputs for one in linears if one.name.endswith("per_layer_model_projection"))
+        self.per_layer_width = next(per_layer, 0)
+        self.patch = next(one.inputs for one in linears if one.name.endswith("patch_embedder.input_proj"))
         self.patches_a_token = int(config["vision_config"].get("pooling_kernel_size", 3)) ** 2
 
     @property
@@ -190,41 +203,54 @@ def answer_tokens(recipe: Recipe) -> int:
 
 
 def training(model: Model, shape: Shape, step: Step) -> Memory:
-    """The peak of an optimizer step: at the end of the forward pass, or when the backward pass is in a late layer."""
+    """The peak of an optimizer step: at the end of the forward pass, or in the backward pass of some layer.
+
+    Gone through from the last layer to the first: what a layer kept is let go of behind it, and its adapters have
+    gradients; one that is computed again keeps all that it would, while it is at work.
+    """
     batch, lora = step.micro_batch, model.lora_parameters
-    held = {**model.weights, "LoRA": lora * FP32, "optimizer": lora * ADAM}
-    gradients = lora * FP32
-    kept = {"text": 0, "vision": 0}
-    working = dict(kept)
-    for index, layer in enumerate(model.layers):
-        whole = batch * _activations(layer, shape, step)
-        recomputed = step.checkpointing == "full" or (step.checkpointing == "half" and index % 2 == 0)
-        kept[layer.kind] += batch * _input_of(layer, model, shape) if recomputed else whole
-        working[layer.kind] = max(working[layer.kind], whole)
-    dequantized = DEQUANTIZED_COPIES * model.largest_matrix if model.quantized else 0
-    logits = batch * shape.supervised * model.vocabulary * LOGIT_BYTES
-    again = step.checkpointing != "none"
-    forward = {
-        **held,
-        "gradients": gradients if step.accumulates else 0,
-        "bf16 copies of LoRA": lora * BF16,
-        "activations, text": kept["text"],
-        "activations, vision": kept["vision"],
-        "logits": logits,
-        "workspace": int(WORKSPACE_LAYERS * working["text"] * again) + dequantized * again,
+    held = {
+        **model.weights,
+        "LoRA": lora * FP32,
+        "optimizer": lora * ADAM,
+        "batch": batch * shape.patches * model.patch * (FP32 + BF16),
     }
-    vision_parameters = sum(one.inputs + one.outputs for one in model.adapted if one.group == "vision")
-    backward = {
-        **held,
-        "gradients": gradients,
-        "bf16 copies of LoRA": model.recipe.lora.r * vision_parameters * BF16,
-        "activations, text": 0,
-        "activations, vision": kept["vision"],
-        "logits": 0,
-        "workspace": int((WORKSPACE_LAYERS + again) * working["vision"]) + dequantized,
-    }
-    moments = [Memory(forward, "end of the forward pass"), Memory(backward, "backward pass of the vision tower")]
-    return max(moments, key=lambda memory: memory.total)
+    layers = [_kept_by(layer, shape, step, recomputed) for layer, recomputed in _in_order(model, step)]
+    kept = {kind: sum(one.kept for one in layers if one.layer.kind == kind) for kind in ("text", "vision")}
+    # Per-layer embeddings: what their norm was given, in fp32, for it is not compiled; what it said; its gradient.
+    kept["text"] += batch * shape.tokens * model.per_layer_width * (FP32 + 2 * BF16)
+    kept["vision"] += batch * shape.patches**2 // model.patches_a_token * BF16  # the matrix that pools patches
+    copied = lora - sum(one.layer.adapters for one in layers if one.recomputed)
+    trained = lora if step.accumulates else lora - sum(one.layer.adapters for one in layers)
+
+    def moment(name: str, *, logits: int = 0, workspace: int = 0) -> Memory:
+        parts = {
+            **held,
+            "gradients": trained * FP32,
+            "bf16 copies of LoRA": copied * BF16,
+            "activations, text": kept["text"],
+            "activations, vision": kept["vision"],
+            "logits": logits,
+            "workspace": workspace + (CUBLAS_WORKSPACES if model.number_bytes == BF16 else 0),
+        }
+        return Memory(parts, name)
+
+    logits = batch * (shape.supervised * model.vocabulary * LOGIT_BYTES + shape.tokens * model.width * FP32)
+    peak = moment("end of the forward pass", logits=logits)
+    for one in reversed(layers):
+        name = "backward pass of the " + ("text layers" if one.layer.kind == "text" else "vision tower")
+        if one.layer.kind == "vision":
+            kept["text"] = 0
+        peak = max(peak, moment(name, workspace=one.working), key=lambda memory: memory.total)
+        kept[one.layer.kind] -= one.kept
+        copied -= 0 if one.recomputed else one.layer.adapters
+        trained += 0 if step.accumulates else one.layer.adapters
+    return peak
+
+
+def kept_by_layers(model: Model, shape: Shape, step: Step) -> int:
+    """Bytes of one sample from the forward to the backward pass, where nothing is computed again."""
+    return sum(_activations(layer, shape, step) for layer in model.layers)
 
 
 def evaluation(model: Model, shape: Shape, batch: int, *, new_tokens: int, trained: bool = True) -> Memory:
@@ -243,7 +269,7 @@ def evaluation(model: Model, shape: Shape, batch: int, *, new_tokens: int, train
         "bf16 copies of LoRA": lora * BF16,
         "generation cache": cache,
         "logits": batch * model.vocabulary * (BF16 + FP32),
-        "workspace": int(WORKSPACE_LAYERS * working) + (DEQUANTIZED_COPIES * model.largest_matrix),
+        "workspace": int(ANSWERING_LAYERS * working) + ANSWERING_MATRICES * model.largest_matrix,
     }
     return Memory(parts, "evaluation")
 
@@ -273,71 +299,103 @@ def _sharded(
     return {"weights, its share": -(-whole // shards), "weights, gathered": gathered}
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A layer in a step, in bytes of the whole micro-batch."""
+
+    layer: Layer
+    recomputed: bool
+    kept: int
+    """From its forward pass to its backward pass."""
+    working: int
+    """Beside that while its backward pass is at work: a weight, gradients, and what was computed again."""
+
+
+def _in_order(model: Model, step: Step) -> Iterator[tuple[Layer, bool]]:
+    """The layers as the forward pass meets them, and whether each is computed again."""
+    for index, layer in enumerate(model.layers):
+        yield layer, step.checkpointing == "full" or (step.checkpointing == "half" and index % 2 == 0)
+
+
+def _kept_by(layer: Layer, shape: Shape, step: Step, recomputed: bool) -> _Kept:
+    length = step.micro_batch * (shape.tokens if layer.kind == "text" else shape.patches)
+    whole = step.micro_batch * _activations(layer, shape, step)
+    kept = layer.input * length if recomputed else whole
+    copies = layer.adapters * BF16 if recomputed else 0
+    return _Kept(layer, recomputed, kept, whole - kept + copies + layer.moving * length + layer.matrix)
+
+
 def _activations(layer: Layer, shape: Shape, step: Step) -> int:
     """Bytes that a layer keeps of one sample when nothing is computed again."""
     length = shape.tokens if layer.kind == "text" else shape.patches
-    kept = layer.kept * length * KEPT[layer.kind] * (1 if step.compiled else UNCOMPILED)
+    kept = layer.kept * length * (1 if step.compiled else UNCOMPILED)
     scores = SCORE_BYTES * layer.heads * length**2 if step.attention == "eager" and layer.kind == "text" else 0
     return int(kept + scores)
 
 
-def _input_of(layer: Layer, model: Model, shape: Shape) -> int:
-    """Bytes of one sample's input to a layer, all that a checkpointed layer keeps."""
-    return BF16 * (shape.tokens * model.width if layer.kind == "text" else shape.patches * model.vision_width)
-
-
-def _layers(
-    facts: gemma.ModelFacts,
-    config: Mapping[str, Any],
-    r: int,
-    number_bytes: int,
-    adapted_experts: Sequence[gemma.ExpertWeight],
-) -> tuple[Layer, ...]:
+def _layers(model: Model, config: Mapping[str, Any]) -> tuple[Layer, ...]:
     """Every text and vision layer, in the order of the model, from the names and shapes of its linear modules."""
-    by_layer: dict[str, dict[str, gemma.Linear]] = {}
-    for linear in facts.linears:
-        found = LAYER.match(linear.name)
-        if found:
-            by_layer.setdefault(found[1], {})[found[2].rpartition(".")[2]] = linear
     text, vision = config["text_config"], config["vision_config"]
+    adapted = {one.name for one in model.adapted}
     experts: dict[str, list[gemma.ExpertWeight]] = {}
-    for weight in adapted_experts:
+    for weight in model.facts.expert_weights:
         experts.setdefault(weight.name.partition(".experts.")[0], []).append(weight)
     return tuple(
-        _layer("vision", linears, vision, r, number_bytes)
+        _layer("vision", linears, model, vision, adapted, ())
         if "vision_tower" in name
-        else _layer("text", linears, text, r, number_bytes, experts.get(name, ()))
-        for name, linears in by_layer.items()
+        else _layer("text", linears, model, text, adapted, experts.get(name, ()))
+        for name, linears in _by_layer(model.facts.linears).items()
     )
+
+
+def _by_layer(linears: Sequence[gemma.Linear]) -> dict[str, dict[str, gemma.Linear]]:
+    """Of each layer's name the linear modules in it, by the last part of theirs."""
+    found: dict[str, dict[str, gemma.Linear]] = {}
+    for linear in linears:
+        match = LAYER.match(linear.name)
+        if match:
+            found.setdefault(match[1], {})[match[2].rpartition(".")[2]] = linear
+    return found
 
 
 def _layer(
     kind: Literal["text", "vision"],
     linears: Mapping[str, gemma.Linear],
+    model: Model,
     settings: Mapping[str, Any],
-    r: int,
-    number_bytes: int,
-    adapted_experts: Sequence[gemma.ExpertWeight] = (),
+    adapted: Collection[str],
+    experts: Sequence[gemma.ExpertWeight],
 ) -> Layer:
-    """Counts what the backward pass needs: inputs of linear modules (for LoRA), and of norms and products.
+    """Counts what the compiler keeps for the backward pass, as it cut the graphs of every size's layers.
 
-    The residual stream, the norm before and the output after attention and MLP: 6 widths. Queries, keys and values
-    before and after their norms and rotation, the attention's output; gate, up and their product; r for each adapter.
+    Five widths: the layer's input, what attention and MLP are given and what they say. Queries and keys before and
+    after norm and rotation, values before and after their norm, the attention's output; keys and values of the text
+    layers are repeated for every query head. Gate, up and their product; r for each adapter. Less than 1 % is left out.
     """
+    r, number_bytes = model.recipe.lora.r, model.number_bytes
     width, gate = linears["gate_proj"].inputs, linears["gate_proj"].outputs
     queries = linears["q_proj"].outputs
-    keys = linears["k_proj"].outputs if "k_proj" in linears else 0
-    elements = 6 * width + 3 * queries + 4 * keys + 3 * gate + r * len(linears)
-    elements += sum(one.outputs for one in linears.values() if one.clipped) // number_bytes  # what was clipped, a byte
+    keys, values = (linears[one].outputs if one in linears else 0 for one in ("k_proj", "v_proj"))
+    elements = 5 * width + 5 * queries + keys + values + 3 * gate + r * len(linears)
+    if linears["q_proj"].clipped:  # keys, values, up and the output clip their input for themselves; a byte an element
+        elements += 3 * width + queries + width // number_bytes
     if "per_layer_input_gate" in linears:
         elements += 2 * width + 2 * linears["per_layer_input_gate"].outputs
-    if "proj" in linears:  # the router: each token passes the experts it chose, whose output its weight multiplies
+    adapted_experts = [one for one in experts if one in model.adapted_experts]
+    if experts:  # behind a router: each token passes those it chose, whose output its weight multiplies
         chosen, inner = settings["top_k_experts"], settings["moe_intermediate_size"]
-        elements += chosen * (width + 2 * inner) + 2 * width
-        elements += chosen * sum(weight.inputs + r for weight in adapted_experts)  # what their two factors were given
+        elements += chosen * (width + 2 * inner) + 3 * width + settings["num_experts"] * FP32 // number_bytes
+        elements += chosen * sum(one.inputs + r for one in adapted_experts)  # what their two factors were given
+    adapters = sum(one.inputs + one.outputs for one in linears.values() if one.name in adapted)
+    adapters += sum(one.experts * (one.inputs + one.outputs) for one in adapted_experts)
+    matrices = [*(one.parameters for one in linears.values()), *(one.parameters for one in experts)]
     return Layer(
         kind=kind,
         kept=elements * number_bytes,
+        input=width * number_bytes,
+        moving=(MOVING_INNER * gate + MOVING_WIDTHS * width) * number_bytes,
+        matrix=max(matrices) * BF16 if model.quantized else 0,
+        adapters=r * adapters,
         heads=int(settings["num_attention_heads"]),
         keys=2 * keys * number_bytes if kind == "text" else 0,
     )
