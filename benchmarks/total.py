@@ -32,7 +32,8 @@ FIGURES: Mapping[str, float] = {
     "checkpoint_s": 2.0,
 }
 """By default: the first four and `compile_s` of a whole run in benchmarks/README.md, `start_s` of imports and data
-assumed, `load_s` 17 GiB at 0.8 GiB/s, `checkpoint_s` that training stands still for one, assumed."""
+assumed, `load_s` 17 GiB at the 0.8 GiB/s assumed of a bucket (from a disk 17 s were measured), `checkpoint_s` that
+training stands still for one, assumed."""
 TRAIN_SAMPLES, EPOCHS, TEST_IMAGES = 3680, 3, 3669
 TEXT_TOKENS = 238
 TIMEOUT_S = 3600
