@@ -7,7 +7,7 @@ and weights go over the devices' own network (NCCL).
 
 import datetime
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,8 +16,6 @@ import torch.distributed as dist
 
 PATIENCE = datetime.timedelta(days=7)
 """How long a rank waits for the others: rank 0 may write for minutes, and who died is found out by the lifeline."""
-BUCKET_BYTES = 64 * 2**20
-"""Gradients that are reduced at once: enough to fill the network, and little to hold twice."""
 MESSAGE_BYTES = 256 * 2**20
 
 T = TypeVar("T")
@@ -118,29 +116,6 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
-    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replaces every gradient by its mean over the ranks. Of ranks that have none it counts as zero.
-
-        One reduction a step rather than DistributedDataParallel: its hooks would split the compiled layers' graphs at
-        its buckets, expect the same number of backward passes of every rank, and need to know which adapters a batch
-        leaves unused. What it would hide is small: at 31B, 2 GB over NVLink against a step of a second.
-        """
-        if self.size == 1:
-            return
-        trained = list(parameters)
-        if self.any(any(parameter.grad is None for parameter in trained)):
-            used = self._reduced([float(parameter.grad is not None) for parameter in trained], dist.ReduceOp.MAX)
-            trained = [parameter for parameter, by in zip(trained, used, strict=True) if by]
-            for parameter in trained:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([parameter.grad for parameter in trained if parameter.grad is not None]):
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            dist.all_reduce(flat)
-            flat.div_(self.size)
-            parts = flat.split([gradient.numel() for gradient in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(own) for part, own in zip(parts, bucket, strict=True)])
-
     def _reduced(self, numbers: Iterable[float], operation: Any) -> list[float]:
         values = [float(number) for number in numbers]
         if self.size == 1:
@@ -161,16 +136,3 @@ class Ranks:
 _VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 ALONE = Ranks()
 """A run of one process."""
-
-
-def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for tensor in tensors:
-        bucket.append(tensor)
-        size += tensor.nbytes
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket

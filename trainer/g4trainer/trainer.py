@@ -27,7 +27,8 @@ from g4trainer.collator import IGNORED, Collator
 from g4trainer.dataset import Example
 from g4trainer.exits import Interrupted, NonFiniteLoss
 from g4trainer.finite import FiniteGuard
-from g4trainer.model import adapter_tensors, load_adapter_weights
+from g4trainer.gradients import GradientMean
+from g4trainer.model import adapter_tensors, is_sharded, load_adapter_weights
 from g4trainer.pixels import as_numbers
 from g4trainer.planner import Plan
 from g4trainer.progress import Progress, peak_memory_bytes
@@ -75,6 +76,7 @@ class RunTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._guard = FiniteGuard()
+        self._mean = GradientMean(self._trained, self.ranks, early=not is_sharded(model))
         self.model_accepts_loss_kwargs = True  # so that compute_loss is told the tokens of the effective batch
         self.progress = Progress()
         self.writer = CheckpointWriter(attempt.run.checkpoints, recipe_hash, attempt.claim)
@@ -91,7 +93,7 @@ class RunTrainer(Trainer):
         """
         self._resumed = checkpoint
         try:
-            with self._asking_only_adapters():
+            with self._asking_only_adapters(), self._mean:
                 self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         finally:
             self.writer.wait()
@@ -165,9 +167,12 @@ class RunTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss: torch.Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        last = self.ranks.size > 1 and self.accelerator.sync_gradients
+        if last:
+            self._mean.begin()
         self.accelerator.backward(loss)
-        if self.ranks.size > 1 and self.accelerator.sync_gradients:
-            self.ranks.average_gradients(self._trained)
+        if last:
+            self._mean.finish()
         return loss.detach()
 
     @contextlib.contextmanager
