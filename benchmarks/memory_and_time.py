@@ -1,14 +1,14 @@
 """Predicted against measured: peak memory and step time of true shapes on a CUDA card, and what fits smaller cards.
 
-    python -m benchmarks.memory_and_time                        # every setting below: 30 to 60 seconds each on an H200
+    python -m benchmarks.memory_and_time                        # every setting below: 40 to 130 seconds each on an H200
     python -m benchmarks.memory_and_time --only E4B --steps 2
     python -m benchmarks.memory_and_time --tiny                 # on the CPU, the same code over a tiny model
 
 Random weights, the trainer's own LoRA, attention and compilation (true_shapes.py builds them). Memory is
-torch.cuda.max_memory_allocated; time is the fastest step after the first. Each setting then takes a step with this
-process's memory capped at what a smaller card has beside its CUDA context: what is said to fit must, and nothing else.
-Prints a Markdown table, and exits with 1 where memory is off by more than 5 %, time by more than 15 %, or a card holds
-what it should not or the reverse.
+torch.cuda.max_memory_allocated; time is that of the steps after the first, none of which waits for the one before. Each
+setting then takes a step with this process's memory capped at what a smaller card has beside its CUDA context: what is
+said to fit must, and nothing else. Prints a Markdown table, and exits with 1 where memory is off by more than 5 %, time
+by more than 15 %, or a card holds what it should not or the reverse.
 """
 
 # ruff: noqa: E402 torchvision's operators must be declared before anything imports transformers or peft
@@ -33,12 +33,12 @@ from benchmarks import true_shapes
 from g4trainer import gemma, timing, vram
 from g4trainer import recipe as recipes
 from g4trainer.attention import choose_attention
+from g4trainer.calibration import MEMORY_WITHIN, TIME_WITHIN
 from g4trainer.compiled import compile_layers
 from g4trainer.forward import never_wait
 from g4trainer.limits import ACCELERATORS
 from g4trainer.model import attach_lora
 
-MEMORY_WITHIN, TIME_WITHIN = 0.05, 0.15
 CARDS = {"NVIDIA H200": "nvidia-h200-141gb", "NVIDIA L4": "nvidia-l4", "NVIDIA RTX PRO 6000": "nvidia-rtx-pro-6000"}
 
 
@@ -92,7 +92,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="settings whose name holds this text")
     parser.add_argument("--raw", type=Path, help="a file that all that was measured is written to, a JSON line each")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each setting; the first is not timed")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each setting; the first is not timed")
     parser.add_argument("--tiny", action="store_true", help="the structure of the sizes at a tiny width")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

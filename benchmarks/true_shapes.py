@@ -184,33 +184,41 @@ def batch_of(size: int, config: Any, device: torch.device) -> dict[str, torch.Te
 
 
 def measure(model: PeftModel, batch: dict[str, torch.Tensor], steps: int, device: torch.device) -> dict[str, Any]:
-    """A few optimizer steps on one batch, the first of which warms up and is not timed; then one taken apart."""
+    """A few optimizer steps on one batch, the first of which warms up and is not timed; then one taken apart.
+
+    As in a run, a step does not wait for the one before: the time is the mean of all but the first.
+    """
     model.train()
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(adapters.values(), lr=LEARNING_RATE, fused=device.type == "cuda")
     loss_of = partial(supervised_loss, model, batch, device)
-    losses, finite, seconds = [], True, []
+    vision = {name: p for name, p in adapters.items() if "vision_tower" in name and "lora_B" in name}
+    numbers, still = [], 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(steps):
-        begun = time.perf_counter()
+    begun = time.perf_counter()
+    for step in range(steps):
+        if step == 1:
+            synchronize(device)
+            begun = time.perf_counter()
         loss = loss_of()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(adapters.values()), 1.0)
         optimizer.step()
-        losses.append(loss.item())
-        finite &= bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
-        still = [n for n, p in adapters.items() if "vision_tower" in n and "lora_B" in n and not gradient(p)]
+        numbers.append(torch.stack([loss.detach(), norm]))
+        if step == 0:
+            still = sum(not gradient(p) for p in vision.values())
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - begun)
-    timed = seconds[1:] or seconds
+    synchronize(device)
+    seconds = (time.perf_counter() - begun) / max(1, steps - 1)
+    told = torch.stack(numbers)
     return {
-        "losses": [round(loss, 4) for loss in losses],
-        "finite": finite,
-        "vision_without_gradient": len(still),
-        "vision_adapters": sum("vision_tower" in name and "lora_B" in name for name in adapters),
+        "losses": [round(loss, 4) for loss in told[:, 0].tolist()],
+        "finite": bool(told.isfinite().all()),
+        "vision_without_gradient": still,
+        "vision_adapters": len(vision),
         "peak_gib": round(gibibytes(device, peak=True), 2),
-        "seconds_a_sample": round(min(timed) / len(batch["input_ids"]), 4),
+        "seconds_a_sample": round(seconds / len(batch["input_ids"]), 4),
         "tokens_a_sample": batch["input_ids"].shape[1],
         **(passes(loss_of, optimizer) if device.type == "cuda" else {}),
     }
@@ -248,6 +256,12 @@ def passes(loss_of: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer
     }
     optimizer.zero_grad(set_to_none=True)
     return {name: round(figure, 3) for name, figure in figures.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that the device was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def gradient(parameter: torch.nn.Parameter) -> bool:

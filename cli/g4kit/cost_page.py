@@ -151,7 +151,7 @@ time were fitted on an H200; the error of the model on each row measured there:
 
 {calibration}
 
-Not calibrated: the E2B, micro-batches above 16, other cards (scaled by their published rates, so their range is wide),
+Not calibrated: micro-batches above 16, other cards (scaled by their published rates, so their range is wide),
 other hosts' processors, loading and writing on Cloud Run. `benchmarks/memory_and_time.py` measures settings on a CUDA
 card and prints predicted against measured.
 
