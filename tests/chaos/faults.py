@@ -47,6 +47,20 @@ def compiled() -> None:
     part("compiled").BACKEND = "aot_eager"
 
 
+def all_must_train() -> None:
+    """A step fails where a module is left in evaluation mode: its activations would not be checkpointed."""
+    trainer = part("trainer.RunTrainer")
+    compute_loss = trainer.compute_loss
+
+    def checked(self: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        left = [name for name, module in model.named_modules() if not module.training]
+        if left:
+            raise AssertionError(f"{len(left)} modules do not train, {left[0]} among them")
+        return compute_loss(self, model, *arguments, **options)
+
+    trainer.compute_loss = checked
+
+
 def infinite_loss_at(step: int) -> None:
     trainer = part("trainer.RunTrainer")
     summed = trainer._summed_loss

@@ -132,6 +132,16 @@ def test_losses_are_the_same_where_several_steps_share_a_line(server: Server) ->
     assert losses_of(cut) == losses_of(whole)
 
 
+def test_all_layers_train_where_nothing_was_answered_before(server: Server) -> None:
+    """As in every resumed attempt: the baseline, which would leave the whole model in one mode, is skipped."""
+    chosen = recipe(training={"num_train_epochs": 1}, evaluation={"baseline": False}, data={"test_size": 1})
+    run = new_run(server.root, "all-train", chosen)
+    stopped = server.run(run, faults={"all_must_train": [], "signal_at": [1, "SIGTERM"]})
+    assert stopped.status == 75, stopped.log
+    resumed = server.run(run, faults={"all_must_train": []})
+    assert resumed.status == 0, resumed.log
+
+
 def test_another_recipe_is_never_resumed(server: Server, undisturbed: RunDir) -> None:
     run = copy_of(undisturbed, "another-recipe", without=(*AFTER_TRAINING, "adapter"))
     new_run(server.root, run.run_id, recipe(training={"learning_rate": 1e-3}))

@@ -92,6 +92,7 @@ class RunTrainer(Trainer):
         Returns with everything committed. Raises Interrupted where it was stopped before the end.
         """
         self._resumed = checkpoint
+        self.model.train()  # PEFT's modules say so already, but the layers of a loaded model are still in evaluation
         try:
             with self._asking_only_adapters(), self._mean:
                 self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
