@@ -56,6 +56,12 @@ class RunCallback(TrainerCallback):
         """The next step begins: what logging, validation and checkpoints took is none of it."""
         self._step_began = time.monotonic()
 
+    def prolong_step(self, seconds: float) -> None:
+        """The step that has ended took so much longer: the device was still at it."""
+        self._trainer.progress.seconds += seconds
+        if self._recent_steps:
+            self._recent_steps[-1] += seconds
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Starts the clocks, which loading must not count in."""
         trainer = self._trainer

@@ -389,7 +389,7 @@ class RunTrainer(Trainer):
         if control.should_log or control.should_evaluate or control.should_save:
             begun = time.monotonic()
             self._guard.check()
-            self.progress.seconds += time.monotonic() - begun  # the device was still at the step
+            self._between_steps.prolong_step(time.monotonic() - begun)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._between_steps.start_step_clock()
 
