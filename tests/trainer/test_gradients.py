@@ -36,6 +36,9 @@ def test_gradients_become_their_mean_and_are_sent_during_the_pass(tmp_path: Path
             assert events.count("sent") == LAYERS + 2
         assert found["held"] == 2, "of the gradients that are sent after a pass, few are held twice"
         assert found["after"] == ["made"] * LAYERS, "once closed, it sees nothing"
+        assert found["order"] == [*range(LAYERS, 0, -1), 0, LAYERS + 1], "as rank 0 made them"
+        assert found["order_resumed"] == found["order"]
+        assert found["resumed"].count("sent") == LAYERS + 2
 
 
 def rank_of_two(rank: int, port: int, folder: str) -> None:
@@ -85,7 +88,14 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
                 parameter.grad = None
     events.clear()
     loss(1, 0, 0, chain, lonely).backward()
-    write_json(Path(folder) / f"{rank}.json", found | {"after": events})
+    found |= {"after": list(events), "order": mean.order}
+    with GradientMean(parameters, ranks) as resumed:
+        resumed.follow(mean.order)
+        events.clear()
+        resumed.begin()
+        loss(rank, 0, 1, chain, lonely).backward()
+        resumed.finish()
+    write_json(Path(folder) / f"{rank}.json", found | {"resumed": events, "order_resumed": resumed.order})
     ranks.leave()
 
 

@@ -73,13 +73,25 @@ class GradientMean:
         if self._early and not self._learned:
             self._learn()
 
+    @property
+    def order(self) -> list[int]:
+        """Of the parameters, as they are sent; empty while that is not learned."""
+        numbers = {parameter: number for number, parameter in enumerate(self._parameters)}
+        return [numbers[one] for bucket in self._buckets for one in bucket.parameters] if self._learned else []
+
+    def follow(self, order: Sequence[int]) -> None:
+        """Sends in the order that an earlier attempt learned: of three ranks or more, sums in another one round
+        otherwise. order: the same on all ranks; where it is empty, one is learned.
+        """
+        if order:
+            self._fill([self._parameters[number] for number in order])
+            self._learned = True
+
     def _learn(self) -> None:
         """From the first pass on, buckets are filled in the order in which rank 0 made its gradients."""
         numbers = {parameter: number for number, parameter in enumerate(self._parameters)}
         order = self._ranks.share([numbers[parameter] for parameter in self._order])
-        rest = sorted(set(numbers.values()) - set(order))
-        self._fill([self._parameters[number] for number in (*order, *rest)])
-        self._learned = True
+        self.follow([*order, *sorted(set(numbers.values()) - set(order))])
 
     def _fill(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._buckets = list(_buckets(parameters))

@@ -344,7 +344,7 @@ class RunTrainer(Trainer):
                     "optimizer": optimizer_document,
                     "scheduler": self.lr_scheduler.state_dict(),
                     "random": random_states[0],
-                    **({"random_of_others": random_states[1:]} if self.ranks.size > 1 else {}),
+                    **self._of_several_ranks(random_states),
                     "progress": dataclasses.asdict(progress),
                 },
                 TRAINER_STATE_FILE: dataclasses.asdict(self.state),
@@ -352,6 +352,11 @@ class RunTrainer(Trainer):
             keep=() if progress.best_step is None else (progress.best_step,),
         )
         progress.checkpoint_seconds += self.writer.seconds - waited
+
+    def _of_several_ranks(self, random_states: Sequence[Any]) -> dict[str, Any]:
+        if self.ranks.size == 1:
+            return {}
+        return {"random_of_others": random_states[1:], "gradients": self._mean.order}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(self.model, self._checkpoint().take_tensors(ADAPTER_FILE))
@@ -365,6 +370,7 @@ class RunTrainer(Trainer):
             unpack_optimizer(self._checkpoint().take_tensors(OPTIMIZER_FILE), state["optimizer"])
         )
         self.lr_scheduler.load_state_dict(state["scheduler"])
+        self._mean.follow(state.get("gradients", ()))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Each rank's own generators; at another number of ranks, others than rank 0 begin with states of their own."""
