@@ -179,6 +179,7 @@ def _run_or_launch(run: "RunDir", deadline: "Deadline") -> int:
 def _as_rank(run: "RunDir", deadline: "Deadline") -> int:
     """The part of an attempt that falls to this process among those of torchrun."""
     from g4trainer import lifeline
+    from g4trainer.exits import ExitCode
     from g4trainer.planner import on_processes
     from g4trainer.ranks import Ranks
     from g4trainer.recipe import RecipeError, load_frozen
@@ -202,8 +203,14 @@ def _as_rank(run: "RunDir", deadline: "Deadline") -> int:
     from g4trainer.train import run_attempt
 
     code = run_attempt(run, deadline, ranks)
-    ranks.leave()
-    return exit_code_for_torchrun(code, connection)
+    if code in (ExitCode.DONE, ExitCode.INTERRUPTED):
+        ranks.leave()
+        return exit_code_for_torchrun(code, connection)
+    # A sum may be under way that the others left, for which the end of the groups, and Python's, would wait for days.
+    told = exit_code_for_torchrun(code, connection)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(told)
 
 
 def _indices(text: str) -> list[int]:

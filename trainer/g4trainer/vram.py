@@ -206,7 +206,8 @@ def training(model: Model, shape: Shape, step: Step) -> Memory:
     """The peak of an optimizer step: at the end of the forward pass, or in the backward pass of some layer.
 
     Gone through from the last layer to the first: what a layer kept is let go of behind it, and its adapters have
-    gradients; one that is computed again keeps all that it would, while it is at work.
+    gradients; one that is computed again keeps all that it would, while it is at work. Gradients on their way to other
+    GPUs (g4trainer.gradients) are there twice, all of them where the network is slow.
     """
     batch, lora = step.micro_batch, model.lora_parameters
     held = {
@@ -221,12 +222,13 @@ def training(model: Model, shape: Shape, step: Step) -> Memory:
     kept["text"] += batch * shape.tokens * model.per_layer_width * (FP32 + 2 * BF16)
     kept["vision"] += batch * shape.patches**2 // model.patches_a_token * BF16  # the matrix that pools patches
     copied = lora - sum(one.layer.adapters for one in layers if one.recomputed)
-    trained = lora if step.accumulates else lora - sum(one.layer.adapters for one in layers)
+    made = lora - sum(one.layer.adapters for one in layers)  # whose gradients this pass has made
+    summed_early = model.recipe.job.gpus > 1 and model.shards == 1
 
     def moment(name: str, *, logits: int = 0, workspace: int = 0) -> Memory:
         parts = {
             **held,
-            "gradients": trained * FP32,
+            "gradients": ((lora if step.accumulates else made) + (made if summed_early else 0)) * FP32,
             "bf16 copies of LoRA": copied * BF16,
             "activations, text": kept["text"],
             "activations, vision": kept["vision"],
@@ -244,7 +246,7 @@ def training(model: Model, shape: Shape, step: Step) -> Memory:
         peak = max(peak, moment(name, workspace=one.working), key=lambda memory: memory.total)
         kept[one.layer.kind] -= one.kept
         copied -= 0 if one.recomputed else one.layer.adapters
-        trained += 0 if step.accumulates else one.layer.adapters
+        made += one.layer.adapters
     return peak
 
 
