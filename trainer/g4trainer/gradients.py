@@ -1,6 +1,6 @@
 """The mean of all ranks' gradients, sent while the backward pass still computes others.
 
-Sent after the pass, the 2.1 GB of 31B's LoRA (r=64) cost a step of 0.72 s another 0.21 s between two H200s
+With the 2.1 GB of 31B's LoRA (r=64) sent after the pass, a step of 0.72 s took another 0.21 s on two H200s
 (benchmarks/README.md). Rather than DistributedDataParallel: that would split the compiled layers' graphs at its
 buckets, and expects every rank to use the same adapters.
 """
