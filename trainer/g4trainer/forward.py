@@ -3,7 +3,8 @@
 transformers' own cuts the padding off what the vision tower returns, counts on the host what is left of each image, and
 looks for the places of image tokens: each of these waits until the device has done all that it was asked before, and
 masked_scatter does so in the backward pass once more. Meanwhile no kernel is started, and what the host had got ahead
-is gone. Here the padding stays, and each soft token finds its place by an index that is made on the device.
+is gone. Here the padding stays, and each soft token finds its place by an index that is made on the device. Embeddings
+that are kept on the host (g4trainer.host_embedding) still wait to be told the tokens.
 """
 
 import functools

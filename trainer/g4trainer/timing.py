@@ -128,7 +128,7 @@ class Time:
 def step_seconds(
     model: Model, shape: Shape, card: Card, *, micro_batch: int, checkpointing: Checkpointing, accumulation: int
 ) -> float:
-    """Of one optimizer step."""
+    """Of one optimizer step. What several GPUs send one another is not counted."""
     again = RECOMPUTED[checkpointing]
     weights, linears = _weights_pass_s(model, card), len(model.facts.linears)
     forward, backward = _forward_s(model, shape, card), _backward_s(model, shape, card)

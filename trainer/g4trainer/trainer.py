@@ -3,7 +3,8 @@
 The loss is taken only where a token is supervised and normalized by the supervised tokens of the whole effective
 batch, so that how a batch is cut into micro-batches changes nothing.
 
-A step never waits for the device: while that computes one, the host starts the kernels of the next. Whether loss and
+A step does not wait for the device, unless it is logged, validated or committed: while that computes one, the host
+starts the kernels of the next. Whether loss and
 gradient are finite is decided on the device, which leaves the adapters as they are where not, and read a step later.
 """
 
