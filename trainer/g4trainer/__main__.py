@@ -203,14 +203,10 @@ def _as_rank(run: "RunDir", deadline: "Deadline") -> int:
     from g4trainer.train import run_attempt
 
     code = run_attempt(run, deadline, ranks)
-    if code in (ExitCode.DONE, ExitCode.INTERRUPTED):
-        ranks.leave()
-        return exit_code_for_torchrun(code, connection)
-    # A sum may be under way that the others left, for which the end of the groups, and Python's, would wait for days.
-    told = exit_code_for_torchrun(code, connection)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(told)
+    if code not in (ExitCode.DONE, ExitCode.INTERRUPTED):
+        lifeline.exit_at_once(exit_code_for_torchrun(code, connection))
+    ranks.leave()
+    return exit_code_for_torchrun(code, connection)
 
 
 def _indices(text: str) -> list[int]:
