@@ -23,6 +23,7 @@ from g4trainer.rundir import (
     create_json,
     manifest,
     new_run_id,
+    overwrite_json,
     read_json,
     to_json,
     write_bytes,
@@ -107,6 +108,33 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     stop.set()
     reader.join()
     assert sizes == {(100_000, 1)}
+
+
+def test_a_file_is_overwritten_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "attempts.json"
+    with pytest.raises(FileNotFoundError):
+        overwrite_json(path, {"a": 1})
+    assert list(tmp_path.iterdir()) == []
+    write_json(path, {"a": 1})
+    for document in ({"a": [1, 2, 3]}, {"a": "ü"}, {}):
+        overwrite_json(path, document)
+        assert read_json(path) == document
+
+
+def test_a_file_that_is_taken_away_while_it_is_overwritten_stays_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "attempts.json"
+    write_json(path, {"a": 1})
+    really, length = os.fstat, path.stat().st_size
+
+    def take_away(file: int) -> os.stat_result:
+        path.unlink(missing_ok=True)
+        return really(file)
+
+    monkeypatch.setattr(os, "fstat", take_away)
+    overwrite_json(path, {"a": 1, "longer": "x" * length})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])

@@ -155,6 +155,17 @@ def create_json(path: Path, document: Any) -> None:
     create_bytes(path, to_json(document))
 
 
+def overwrite_json(path: Path, document: Any) -> None:
+    """Writes a JSON document over a shorter one, in place. Raises FileNotFoundError where there is none.
+
+    A file that somebody took away stays away, at whatever moment they did. A rename, as of write_json, would bring it
+    back.
+    """
+    with path.open("r+b", buffering=0) as file:
+        length = os.fstat(file.fileno()).st_size
+        file.write(to_json(document).ljust(length))  # one write, and no truncation: never empty, never half
+
+
 def read_json(path: Path) -> Any:
     """The parsed document. Raises FileNotFoundError, and ValueError (with the path) where it is no JSON."""
     try:

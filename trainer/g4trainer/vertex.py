@@ -233,12 +233,17 @@ class Attempts:
         }
 
     def _write(self) -> None:
-        if self.path is None or (self._written and not self.path.exists()):
-            return  # whoever asked has their answer, and took it away
+        if self.path is None:
+            return
+        document = {"attempts": self._noted}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rundir.write_json(self.path, {"attempts": self._noted})
-            self._written = True
+            if self._written:
+                with contextlib.suppress(FileNotFoundError):  # whoever asked has their answer, and took it away
+                    rundir.overwrite_json(self.path, document)
+            else:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                rundir.write_json(self.path, document)
+                self._written = True
         except OSError as error:  # a bucket out of reach for a moment ends no attempt
             print(f"g4kit: {self.path}: cannot be written ({error})", file=sys.stderr, flush=True)
 
