@@ -1,11 +1,13 @@
 """What a test may ask of an attempt before it starts; each is called in the forked process."""
 
+import contextlib
 import datetime
 import importlib
 import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +39,28 @@ def memory_for(samples: int, answers: int) -> None:
         return answer(self, inputs)
 
     trainer.training_step, generator._answer = limited_step, limited_answer
+
+
+def card_for(samples: int) -> None:
+    """Settings are tried as on a GPU, on which passes of more samples run out of memory."""
+    gib = 2**30
+
+    class Card:
+        limit_bytes = 8 * gib
+
+        def held_bytes(self) -> int:
+            return 0
+
+        @contextlib.contextmanager
+        def watched(self, plan: Any) -> Iterator[None]:
+            yield
+            if plan.per_device_train_batch_size > samples:
+                raise torch.OutOfMemoryError("simulated")
+
+        def peak_bytes(self) -> int:
+            return gib
+
+    part("train").gauge_of = lambda device: Card()
 
 
 def compiled() -> None:

@@ -11,12 +11,14 @@ import safetensors.torch
 import torch
 
 from chaos.attempts import Attempt, Server, committed_steps, losses_of, new_run, recipe
+from g4trainer import selftest, tiny
 from g4trainer.claims import attempts
 from g4trainer.recipe import Recipe
 from g4trainer.rundir import RunDir, read_json
 
 BEST = {"best_is": [2]}
 """Of three steps the second one is made to have the lowest validation loss."""
+EXPERTS_MODEL = "tiny-26b-a4b"
 TOLERANCE = 1e-5
 """Relative, for sums in another order; two Adam steps on gradients near zero make the most of it."""
 ROOM_S = 30
@@ -27,9 +29,8 @@ def chosen(**sections: dict[str, Any]) -> Recipe:
     """22 samples to train and 3 to validate in micro-batches of 2, 5 to answer in batches of 2: all uneven for two."""
     return recipe(
         data={"train_size": 25, "validation_size": 3, "test_size": 5},
-        lora={"lora_dropout": 0.0},
         training={"per_device_train_batch_size": 2, "num_train_epochs": 1},
-        **sections,
+        **{"lora": {"lora_dropout": 0.0}} | sections,
     )
 
 
@@ -158,6 +159,21 @@ def test_a_shared_base_model_gives_the_result_of_a_whole_one(server: Server) -> 
     assert_close(stopped, whole)
 
 
+def test_experts_of_a_shared_base_model_learn_as_those_of_a_whole_one(server: Server) -> None:
+    tiny.write_model(server.root / "models" / EXPERTS_MODEL, like="26B-A4B")
+    selftest.mark_staged(server.root / "models" / EXPERTS_MODEL, source="builtin")
+    settings = chosen(
+        model={"id": EXPERTS_MODEL, "quantization": "none"},
+        lora={"lora_dropout": 0.0, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        job={"sharding": "full"},
+    )
+    whole, shared = (new_run(server.root, f"ranks-experts-{name}", settings) for name in ("whole", "shared"))
+    assert server.run(whole, faults=BEST).status == 0
+    pair = run_pair(server, shared)
+    assert "the base model is shared among 2 processes" in pair.log
+    assert_close(shared, whole)
+
+
 @pytest.mark.slow
 def test_compiled_layers_of_a_shared_base_model_change_nothing(server: Server) -> None:
     settings = chosen(model={"quantization": "none"}, job={"sharding": "full"})
@@ -168,6 +184,15 @@ def test_compiled_layers_of_a_shared_base_model_change_nothing(server: Server) -
     assert "the base model is shared among 2 processes" in pair.log
     assert "6 layers are compiled" in pair.log
     assert_close(shared, whole)
+
+
+def test_what_is_tried_must_fit_every_rank(server: Server, alone: RunDir) -> None:
+    run = new_run(server.root, "ranks-trial", chosen())
+    run_pair(server, run, {"card_for": [2]}, {"card_for": [1]})
+    plan = read_json(run.plan)
+    assert plan["per_device_train_batch_size"] == 1
+    assert [(one["per_device_train_batch_size"], one["peak_bytes"]) for one in plan["trial"]] == [(2, None), (1, 2**30)]
+    assert_close(run, alone)
 
 
 def test_without_rank_0_the_others_end(server: Server) -> None:
