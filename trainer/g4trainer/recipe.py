@@ -4,7 +4,6 @@ Field names are those of the Hugging Face libraries wherever one exists. Loading
 all problems at once. This module needs neither torch nor Google's clients: the command line and the trainer share it.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 from g4trainer.limits import ACCELERATORS, MAX_RETRIES, MAX_WAIT_DEFAULT_S, TASK_TIMEOUT_MAX_S
+from g4trainer.recipe_problems import option, problems_of
 
 Auto = Literal["auto"]
 Size = Literal["all"] | Annotated[int, Field(ge=1)]
@@ -39,11 +38,6 @@ class RecipeError(ValueError):
         self.source = source
         self.problems = list(problems)
         super().__init__("\n".join([f"{source}: not a valid recipe:", *(f"  {problem}" for problem in self.problems)]))
-
-
-def option(default: Any, write: str, **constraints: Any) -> Any:
-    """A field whose error message ends with `write WRITE`."""
-    return Field(default, json_schema_extra={"write": write}, **constraints)
 
 
 class Section(BaseModel):
@@ -325,7 +319,7 @@ def parse_recipe(document: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(source, _problems(error)) from None
+        raise RecipeError(source, problems_of(error, Recipe)) from None
 
 
 class SweepPlace(Section):
@@ -413,43 +407,3 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _problems(error: ValidationError) -> list[str]:
-    """One line for each field that is wrong; a union's members count once."""
-    lines: dict[str, str] = {}
-    for detail in error.errors():
-        if not detail["loc"]:  # raised by Recipe._consistent, whole lines
-            lines.update((line, line) for line in str(detail["ctx"]["error"]).splitlines())
-            continue
-        field, path = _field_at(detail["loc"])
-        lines.setdefault(path, f"{path}: {_what_to_write(detail, field, path)}")
-    return list(lines.values())
-
-
-def _field_at(location: tuple[int | str, ...]) -> tuple[FieldInfo | None, str]:
-    """The field at a pydantic error's location, and its path without the names of union members."""
-    owner: type[BaseModel] | None = Recipe
-    path: list[str] = []
-    field: FieldInfo | None = None
-    for part in location:
-        if owner is None:
-            break
-        path.append(str(part))
-        field = owner.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        owner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return field, ".".join(path)
-
-
-def _what_to_write(detail: Any, field: FieldInfo | None, path: str) -> str:
-    if detail["type"] == "extra_forbidden":
-        *owner, key = map(str, detail["loc"])  # a key may hold a dot itself
-        section = owner[0] if owner else ""
-        known = list((Recipe.model_fields[section].annotation if section else Recipe).model_fields)  # type: ignore[union-attr]
-        close = difflib.get_close_matches(key, known, n=1)
-        return f"unknown key; {f'did you mean {close[0]}? ' if close else ''}Known here: {', '.join(known)}."
-    got = "nothing" if detail["type"] == "missing" else repr(detail["input"])
-    extra = field.json_schema_extra if field else None
-    write = extra["write"] if isinstance(extra, dict) else f"a section with its keys, for example [{path}]"
-    return f"got {got}; write {write}."
