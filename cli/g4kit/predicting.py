@@ -145,13 +145,14 @@ def predict_there(cloud: Cloud, where: OneGpu, request: Request, say: Say) -> It
             list(zip(request.images, files, strict=True)),
         )
         cloud.bucket.write(f"{folder}/request.json", json.dumps(_document(request, files)).encode())
-        execution = cloud.jobs.run(asked)
-        say(f"execution {execution.name}: loading the model")
         try:
+            execution = cloud.jobs.run(asked)
+            say(f"execution {execution.name}: loading the model")
             yield from _follow(cloud, folder, execution)
         except BaseException:  # Ctrl-C among them: nothing may go on that costs and that nobody reads
             with contextlib.suppress(UserError):
-                cloud.jobs.cancel(execution.name)
+                for begun in cloud.jobs.find(own_id):
+                    cloud.jobs.cancel(begun.name)
             raise
     finally:
         for item in list(cloud.bucket.objects(f"{folder}/")):

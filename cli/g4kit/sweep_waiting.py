@@ -12,7 +12,7 @@ from g4kit.output import print_data, print_json, say
 from g4kit.progress import PLAIN_INTERVAL_S
 from g4kit.sweep_text import progress_line, sweep_text
 from g4kit.sweeps import SweepView, read_sweep
-from g4kit.waiting import DETACHED
+from g4kit.waiting import or_leave
 
 Show = Callable[[SweepView], None]
 
@@ -38,11 +38,10 @@ def print_started(cloud: Cloud, sweep_id: str, as_json: bool) -> None:
 
 def wait_and_exit(cloud: Cloud, sweep_id: str, as_json: bool) -> NoReturn:
     """Follows to the end, prints the table and exits with 0, or the code of the first point that did not succeed."""
-    try:
-        view = follow_to_the_end(cloud, sweep_id, Progress().show)
-    except KeyboardInterrupt:
-        say(f"\ndetached; the sweep goes on. To come back: g4kit runs {sweep_id} --watch; else g4kit cancel {sweep_id}")
-        sys.exit(DETACHED)
+    view = or_leave(
+        lambda: follow_to_the_end(cloud, sweep_id, Progress().show),
+        f"the sweep goes on. To come back: g4kit runs {sweep_id} --watch; to end it: g4kit cancel {sweep_id}",
+    )
     say(sweep_text(view))
     if view.state == "succeeded":
         _say_commands(view)

@@ -18,7 +18,8 @@ from g4kit.runs import RunView, read_run
 
 Result = TypeVar("Result")
 
-DETACHED = 130
+LEFT = 130
+"""Exit code of a command that was left by Ctrl-C."""
 ENDING_S = 60.0
 """How long a process may take to end once its run is done."""
 LAST_LINES = 12
@@ -43,12 +44,14 @@ def print_started(cloud: Cloud, run_id: str, as_json: bool) -> None:
 
 def wait_and_exit(cloud: Cloud, run_id: str, as_json: bool) -> NoReturn:
     """Follows to the end, prints the run and exits with the trainer's code; Ctrl-C leaves the run going."""
-    try:
+
+    def follow() -> RunView:
         with open_progress() as progress:
-            view = follow_to_the_end(cloud, run_id, progress.show, say)
-    except KeyboardInterrupt:
-        say(f"\ndetached; the run goes on. To come back: g4kit runs {run_id} --watch; to end it: g4kit cancel {run_id}")
-        sys.exit(DETACHED)
+            return follow_to_the_end(cloud, run_id, progress.show, say)
+
+    view = or_leave(
+        follow, f"the run goes on. To come back: g4kit runs {run_id} --watch; to end it: g4kit cancel {run_id}"
+    )
     if view.execution and view.state == "failed" and not view.reason:
         for line in deque(cloud.logs.read(view.execution), maxlen=LAST_LINES):
             say(f"  | {line.text}")
@@ -66,7 +69,16 @@ def or_leave(work: Callable[[], Result], then: str) -> Result:
         return work()
     except KeyboardInterrupt:
         say(f"\nleft; {then}")
-        sys.exit(DETACHED)
+        sys.exit(LEFT)
+
+
+def or_leave_beginning(work: Callable[[], Result], some_id: str, again: str) -> Result:
+    """`or_leave` for what begins a run or a sweep: nobody knows then whether it had begun. again: what begins it."""
+    return or_leave(
+        work,
+        f"{some_id} may have begun. To see: g4kit runs {some_id}; to end it: g4kit cancel {some_id}; to begin it: "
+        f"{again}",
+    )
 
 
 def next_step(view: RunView) -> str:

@@ -22,7 +22,7 @@ def test_a_run_in_slices_ends_with_the_undisturbed_result(server: Server, undist
     while not run.results.exists():
         attempt = server.run(run, faults={"slow_steps": [MICRO_BATCH_S]}, G4KIT_ATTEMPT_TIMEOUT_S=str(LIMIT_S))
         codes.append(attempt.status)
-        assert len(codes) < 15, attempt.log
+        assert len(codes) < 30, attempt.log
     assert codes[-1] == 0
     assert set(codes[:-1]) == {75}
     assert len(codes) >= 5

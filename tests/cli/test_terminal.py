@@ -47,7 +47,7 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(g4kit: Bench, following: tupl
     os.killpg(process.pid, signal.SIGINT)
     _, prose = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert f"detached; the run goes on. To come back: g4kit runs {run_id} --watch" in prose
+    assert f"left; the run goes on. To come back: g4kit runs {run_id} --watch" in prose
     assert f"to end it: g4kit cancel {run_id}" in prose
     assert "Traceback" not in prose
     (execution,) = g4kit.cloud.jobs.find(run_id)

@@ -13,6 +13,8 @@ from click.testing import Result
 
 from contract.waiting import wait_until
 from fakes.google_cloud import FakeGoogleCloud
+from g4kit.cloud.base import Execution, JobRequest
+from g4kit.cloud.google_jobs import GoogleJobs
 from g4kit.targets import open_cloud
 
 Call = Callable[..., Result]
@@ -59,6 +61,29 @@ def test_from_staging_to_fetching(staged: Call, google: FakeGoogleCloud, tmp_pat
 def test_the_same_id_is_the_same_execution(staged: Call, google: FakeGoogleCloud) -> None:
     for _ in range(2):
         assert staged("launch", "tiny.toml", "--id", "mine-1", "--yes").exit_code == 0
+    assert len(google.run.names) == 1
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before it began", "after"])
+def test_ctrl_c_while_it_begins_says_how_to_see_and_to_go_on(
+    staged: Call, google: FakeGoogleCloud, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    really = GoogleJobs.run
+
+    def interrupted(self: GoogleJobs, request: JobRequest) -> Execution:
+        if begun:
+            really(self, request)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GoogleJobs, "run", interrupted)
+        left = staged("launch", "tiny.toml", "--id", "mine", "--yes")
+    assert left.exit_code == 130
+    assert "left; mine may have begun. To see: g4kit runs mine; to end it: g4kit cancel mine;" in left.stderr
+    assert "to begin it: the same command with --id mine" in left.stderr
+    assert len(google.run.names) == begun
+    again = staged("launch", "tiny.toml", "--id", "mine", "--yes", "--wait")
+    assert (again.exit_code, again.stdout.strip()) == (0, "mine"), again.stderr
     assert len(google.run.names) == 1
 
 

@@ -82,8 +82,8 @@ def test_ctrl_c_leaves_the_export_going_and_the_same_command_comes_back(
 
     threading.Thread(target=interrupt, daemon=True).start()
     left = CliRunner().invoke(cli, ["export", run_id, "--out", "merged", "--yes"])
-    assert left.exit_code == 1
-    assert f"To come back: g4kit export {run_id} --out merged" in left.stderr
+    assert left.exit_code == 130
+    assert "left; what was begun goes on: the same command comes back to it" in left.stderr
     back = call("export", run_id, "--out", "merged")
     assert back.exit_code == 0, back.stderr
     assert len(google.run.names) == 2

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from contract.waiting import wait_until
 from fakes.google_cloud import FakeGoogleCloud
 from g4kit import predicting
-from g4kit.cloud.base import ExecutionState
+from g4kit.cloud.base import Execution, ExecutionState, JobRequest
+from g4kit.cloud.google_jobs import GoogleJobs
 from g4kit.main import cli
 
 Call = Callable[..., Result]
@@ -88,10 +90,28 @@ def test_ctrl_c_ends_the_execution(
     threading.Thread(target=interrupt, daemon=True).start()
     told = CliRunner().invoke(cli, ["predict", run_id, "photos", "--yes"])
     assert told.exit_code == 1
-    started = google.run.started(google.run.names[1])
+    assert_cancelled(google, google.run.names[1])
+
+
+def test_ctrl_c_while_the_execution_begins_ends_it_too(
+    google: FakeGoogleCloud, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN_ANSWER_S", "30")
+    really = GoogleJobs.run
+
+    def interrupted(self: GoogleJobs, request: JobRequest) -> Execution:
+        really(self, request)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GoogleJobs, "run", interrupted)
+    told = CliRunner().invoke(cli, ["predict", run_id, "photos", "--yes"])
+    assert told.exit_code == 1
+    assert_cancelled(google, google.run.names[1])
+
+
+def assert_cancelled(google: FakeGoogleCloud, name: str) -> None:
+    started = google.run.started(name)
     assert started is not None
-    deadline = time.monotonic() + 10
-    while (state := google.run.state(started)) is None or state.active:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    state = wait_until(lambda: google.run.state(started), lambda one: one is not None and not one.active)
+    assert state is not None
     assert state.state is ExecutionState.CANCELLED

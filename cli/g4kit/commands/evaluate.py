@@ -12,6 +12,7 @@ from g4kit.options import (
 )
 from g4kit.output import duration, print_data, print_json, say
 from g4kit.targets import open_cloud
+from g4kit.waiting import or_leave
 
 MAX_SHARDS = 100
 
@@ -81,7 +82,8 @@ def command(
         return
     if cloud.target != "local" and not yes:
         click.confirm("start it?", abort=True, err=True)
-    execution = start_evaluation(cloud, plan)
+    then = f"what was begun goes on. To come back: the same command; to end it: g4kit cancel {run_id}"
+    execution = or_leave(lambda: start_evaluation(cloud, plan), then)
     say(f"run {run_id}: evaluation {execution.state}, execution {execution.name}")
     if not wait:
         again = f"g4kit evaluate {run_id} --shards {shards} --test-size {plan.test_size} --wait"
@@ -89,11 +91,7 @@ def command(
             say(f"  {what:<7} {text}")
         print_data(execution.name)
         return
-    try:
-        _print(follow_evaluation(cloud, plan, execution, say), as_json)
-    except KeyboardInterrupt:
-        say(f"\ndetached; it goes on. To come back: the same command; to end it: g4kit cancel {run_id}")
-        raise SystemExit(130) from None
+    _print(or_leave(lambda: follow_evaluation(cloud, plan, execution, say), then), as_json)
 
 
 def _price(plan: Any) -> str:

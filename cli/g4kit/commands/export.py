@@ -14,6 +14,7 @@ from g4kit.options import (
 )
 from g4kit.output import print_data, print_json, say, size
 from g4kit.targets import open_cloud
+from g4kit.waiting import or_leave
 
 
 @click.command("export", short_help="Write a run's adapter as a model to serve, merged or alone.")
@@ -76,7 +77,10 @@ def command(
     elif cloud.target == "local":
         document = export_here(cloud, run_id, folder, options)
     else:
-        document = _on_the_cloud(cloud, frozen, where, folder, options, yes=yes)
+        document = or_leave(
+            lambda: _on_the_cloud(cloud, frozen, where, folder, options, yes=yes),
+            "what was begun goes on: the same command comes back to it",
+        )
     total = sum(entry["size"] for entry in document["files"].values())
     say(f"exported: {len(document['files'])} files, {size(total)}; how to serve it: {folder / 'README.md'}")
     if as_json:
@@ -97,11 +101,7 @@ def _on_the_cloud(cloud: Cloud, frozen: Any, where: Any, folder: Path, options: 
         if execution is None:
             confirm_execution(cloud, where, yes=yes)
             execution = start_there(cloud, frozen, where, options)
-        try:
-            wait_there(cloud, run_id, options, execution, say)
-        except KeyboardInterrupt:
-            say(f"\nleft; the export goes on. To come back: g4kit export {run_id} --out {folder}")
-            raise
+        wait_there(cloud, run_id, options, execution, say)
     document = fetch_export(cloud, run_id, options, folder, say)
     say(checked(document["verification"], dequantized=document["base"]["dequantized"]))
     if advice(document):

@@ -51,7 +51,7 @@ def command(
     from g4kit.estimating_inputs import estimate_for
     from g4kit.launching import launch, plan_launch, priced
     from g4kit.pricing import price_table as read_table
-    from g4kit.waiting import print_started, wait_and_exit
+    from g4kit.waiting import or_leave_beginning, print_started, wait_and_exit
 
     table = read_table(price_table)
     cloud = open_cloud(target)
@@ -76,7 +76,9 @@ def command(
         return
     if not estimate.hardware.is_here and not yes:
         click.confirm("start it?", abort=True, err=True)
-    execution = launch(cloud, plan)
+    execution = or_leave_beginning(
+        lambda: launch(cloud, plan), plan.run_id, f"the same command with --id {plan.run_id}"
+    )
     say(f"run {plan.run_id}: {execution.state}, execution {execution.name}")
     if wait:
         wait_and_exit(cloud, plan.run_id, as_json)

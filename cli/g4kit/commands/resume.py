@@ -30,7 +30,7 @@ def command(run_id: str, wait: bool, max_cost: float | None, target: str | None,
     from g4kit.launching import resume
     from g4kit.runs import read_run
     from g4kit.sweeps import is_sweep
-    from g4kit.waiting import print_started, wait_and_exit
+    from g4kit.waiting import or_leave_beginning, print_started, wait_and_exit
 
     cloud = open_cloud(target)
     if is_sweep(cloud, run_id):
@@ -41,7 +41,9 @@ def command(run_id: str, wait: bool, max_cost: float | None, target: str | None,
     if read_run(cloud, run_id).state == "succeeded":
         say(f"run {run_id}: has finished; nothing to resume")
     else:
-        execution = resume(cloud, run_id, max_cost=max_cost, say=say)
+        execution = or_leave_beginning(
+            lambda: resume(cloud, run_id, max_cost=max_cost, say=say), run_id, "the same command"
+        )
         say(f"run {run_id}: {execution.state}, execution {execution.name}")
     if wait:
         wait_and_exit(cloud, run_id, as_json)
@@ -52,11 +54,12 @@ def _resume_sweep(cloud: Cloud, sweep_id: str, wait: bool, as_json: bool) -> Non
     from g4kit.sweep_waiting import print_started, wait_and_exit
     from g4kit.sweeping import resume_sweep
     from g4kit.sweeps import read_sweep
+    from g4kit.waiting import or_leave_beginning
 
     if read_sweep(cloud, sweep_id).state == "succeeded":
         say(f"sweep {sweep_id}: has finished; nothing to resume")
     else:
-        execution = resume_sweep(cloud, sweep_id)
+        execution = or_leave_beginning(lambda: resume_sweep(cloud, sweep_id), sweep_id, "the same command")
         say(f"sweep {sweep_id}: {execution.state}, execution {execution.name}")
     if wait:
         wait_and_exit(cloud, sweep_id, as_json)

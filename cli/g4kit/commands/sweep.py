@@ -51,6 +51,7 @@ def command(
     from g4kit.sweep_text import plan_json, plan_text
     from g4kit.sweep_waiting import print_started, wait_and_exit
     from g4kit.sweeping import launch_sweep, parallelism_of, plan_sweep, priced_sweep
+    from g4kit.waiting import or_leave_beginning
 
     points = choose_points(parse_axes(grids, overrides), count=count, seed=seed)
     cloud = open_cloud(target)
@@ -77,7 +78,9 @@ def command(
         return
     if not all(point.estimate.hardware.is_here for point in plan.points) and not yes:
         click.confirm(f"start all {len(plan.points)}?", abort=True, err=True)
-    execution = launch_sweep(cloud, capped)
+    execution = or_leave_beginning(
+        lambda: launch_sweep(cloud, capped), plan.sweep_id, f"the same command with --id {plan.sweep_id}"
+    )
     say(f"sweep {plan.sweep_id}: {execution.state}, execution {execution.name}, {len(plan.points)} tasks")
     if wait:
         wait_and_exit(cloud, plan.sweep_id, as_json)
