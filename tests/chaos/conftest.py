@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from chaos.attempts import Server, new_run
+from g4trainer import selftest, tiny
 from g4trainer.rundir import RunDir
 
 
@@ -23,6 +24,15 @@ def undisturbed(server: Server) -> RunDir:
     attempt = server.run(run)
     assert attempt.status == 0, attempt.log
     return run
+
+
+@pytest.fixture(scope="session")
+def experts_model(server: Server) -> str:
+    """The name of a staged model with experts."""
+    name = "tiny-26b-a4b"
+    tiny.write_model(server.root / "models" / name, like="26B-A4B")
+    selftest.mark_staged(server.root / "models" / name, source="builtin")
+    return name
 
 
 @pytest.fixture

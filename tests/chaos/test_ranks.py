@@ -11,14 +11,12 @@ import safetensors.torch
 import torch
 
 from chaos.attempts import Attempt, Server, committed_steps, losses_of, new_run, recipe
-from g4trainer import selftest, tiny
 from g4trainer.claims import attempts
 from g4trainer.recipe import Recipe
 from g4trainer.rundir import RunDir, read_json
 
 BEST = {"best_is": [2]}
 """Of three steps the second one is made to have the lowest validation loss."""
-EXPERTS_MODEL = "tiny-26b-a4b"
 TOLERANCE = 1e-5
 """Relative, for sums in another order; two Adam steps on gradients near zero make the most of it."""
 ROOM_S = 30
@@ -159,11 +157,9 @@ def test_a_shared_base_model_gives_the_result_of_a_whole_one(server: Server) -> 
     assert_close(stopped, whole)
 
 
-def test_experts_of_a_shared_base_model_learn_as_those_of_a_whole_one(server: Server) -> None:
-    tiny.write_model(server.root / "models" / EXPERTS_MODEL, like="26B-A4B")
-    selftest.mark_staged(server.root / "models" / EXPERTS_MODEL, source="builtin")
+def test_experts_of_a_shared_base_model_learn_as_those_of_a_whole_one(server: Server, experts_model: str) -> None:
     settings = chosen(
-        model={"id": EXPERTS_MODEL, "quantization": "none"},
+        model={"id": experts_model, "quantization": "none"},
         lora={"lora_dropout": 0.0, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
         job={"sharding": "full"},
     )

@@ -7,7 +7,6 @@ import pytest
 import safetensors.torch
 
 from chaos.attempts import Server, adapter_of, committed_steps, losses_of, new_run, recipe
-from g4trainer import selftest, tiny
 from g4trainer.artifacts import read_adapter
 from g4trainer.dataset import load_splits
 from g4trainer.evaluate import read_predictions
@@ -17,17 +16,15 @@ from g4trainer.recipe import Recipe
 from g4trainer.rundir import RunDir, read_json
 from trainer.making import CPU
 
-MODEL, EXPERTS = "tiny-26b-a4b", ["experts.gate_up_proj", "experts.down_proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 STEPS, BEST = 3, 2
 
 
 @pytest.fixture(scope="module")
-def chosen(server: Server) -> Recipe:
-    tiny.write_model(server.root / "models" / MODEL, like="26B-A4B")
-    selftest.mark_staged(server.root / "models" / MODEL, source="builtin")
+def chosen(experts_model: str) -> Recipe:
     lora = {"r": 3, "lora_dropout": 0.0, "target_parameters": EXPERTS, "exclude_modules": ["router.proj"]}
     training = {"num_train_epochs": 1, "learning_rate": 5e-3}
-    return recipe(model={"id": MODEL}, lora=lora, training=training)
+    return recipe(model={"id": experts_model}, lora=lora, training=training)
 
 
 @pytest.fixture(scope="module")

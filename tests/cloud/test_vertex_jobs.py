@@ -97,10 +97,10 @@ def test_several_hosts_meet_at_the_chief(google: FakeGoogleCloud, cloud: VertexC
 def test_a_worker_that_fails_is_tried_again_for_as_long_as_the_chief_goes_on(
     google: FakeGoogleCloud, cloud: VertexCloud
 ) -> None:
-    started = cloud.jobs.run(dataclasses.replace(H100, args=("sleep:0.3", "exit:3"), gpus=16, hosts=2, max_attempts=2))
+    started = cloud.jobs.run(dataclasses.replace(H100, args=("sleep:0.3", "exit:1"), gpus=16, hosts=2, max_attempts=2))
     ended = wait(cloud, started.name)
-    assert (ended.state, ended.exit_code, ended.attempt) == (ExecutionState.FAILED, 3, 1)
-    assert ended.message == "ended with exit code 3 in attempt 2"
+    assert (ended.state, ended.exit_code, ended.attempt) == (ExecutionState.FAILED, 1, 1)
+    assert ended.message == "ended with exit code 1 in attempt 2"
 
 
 @pytest.mark.parametrize("kind", [Kind.RETURN_503, Kind.RESET, Kind.ANSWER_LOST, Kind.BROKEN_STREAM, Kind.STALL])

@@ -12,6 +12,7 @@ import pytest
 from contract.conftest import ACCELERATORS, ALL_AT_ONCE
 from contract.waiting import wait, wait_until
 from g4kit.cloud.base import Cloud, Execution, ExecutionNotFoundError, ExecutionState, JobRequest, ObjectNameError, Task
+from g4trainer.exits import FINAL
 
 Start = Callable[..., Execution]
 
@@ -110,13 +111,21 @@ def test_every_failed_attempt_is_retried(cloud: Cloud, start: Start) -> None:
     assert logged(cloud, ended) == [f"CLOUD_RUN_TASK_ATTEMPT={attempt}" for attempt in range(3)]
 
 
-@pytest.mark.parametrize("code", [1, 2, 75])
+@pytest.mark.parametrize("code", [1, 75])
 def test_retries_are_used_up(cloud: Cloud, start: Start, code: int) -> None:
     ended = wait(cloud, start("print:try", f"exit:{code}", max_attempts=3).name)
     assert ended.state is ExecutionState.FAILED
     assert (ended.exit_code, ended.attempt) == (code, 2)
     assert str(code) in ended.message
     assert logged(cloud, ended) == ["try"] * 3
+
+
+@pytest.mark.parametrize("code", sorted(FINAL))
+def test_where_no_retry_can_help_none_is_made(cloud: Cloud, start: Start, code: int) -> None:
+    """Cloud Run alone knows of no such code, and tries again: an attempt then ends at once."""
+    ended = wait(cloud, start("print:try", f"exit:{code:d}", max_attempts=2).name)
+    assert (ended.state, ended.exit_code) == (ExecutionState.FAILED, code)
+    assert logged(cloud, ended) == ["try"] * (2 if cloud.target == "cloudrun" else 1)
 
 
 def test_an_attempt_killed_by_a_signal_is_retried(cloud: Cloud, start: Start) -> None:

@@ -86,7 +86,7 @@ class FakeRun:
         self.denied: set[str] = set()
         self.refusal: Answer | None = None
         """In place of every answer, as where the API is off."""
-        self.engine = LocalCloud(folder, command=START, grace_s=grace_s)
+        self.engine = LocalCloud(folder, command=START, grace_s=grace_s, final_codes=())
         self._mount = mount
         self._location = location
         self._command = command

@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.lib
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from g4trainer.recipe import Data
 
@@ -110,8 +110,10 @@ def open_image(data: bytes, example_id: str) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
         return _as_rgb(image)
     except (*DAMAGED, Image.DecompressionBombError) as error:
+        # Pillow's own words for an unknown format hold an address in memory.
+        why = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{example_id}: the image cannot be read ({error}); replace the file or leave the sample out."
+            f"{example_id}: the image cannot be read ({why}); replace the file or leave the sample out."
         ) from error
 
 

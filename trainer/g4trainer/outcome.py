@@ -23,6 +23,7 @@ NOT_WRITABLE = {
     errno.EROFS: "mount it writable",
 }
 """What to do about what a file system answers."""
+STAGE_ANEW = "correct the data, stage it under another --name, and launch again with that as data.dataset."
 KNOWN = (TrainerError, RecipeError, DataError, torch.OutOfMemoryError)
 """Exceptions whose cause is known."""
 
@@ -37,7 +38,7 @@ def failure_of(error: Exception) -> Failure:
         case RecipeError():
             return Failure(ExitCode.BAD_INPUT, str(error), "correct the recipe and launch it as a new run.")
         case DataError():
-            return Failure(ExitCode.BAD_INPUT, str(error), "correct the data, stage it again and launch again.")
+            return Failure(ExitCode.BAD_INPUT, str(error), STAGE_ANEW)
         case torch.OutOfMemoryError():
             return Failure(ExitCode.OUT_OF_MEMORY, str(error), OutOfMemory.remedy)
         case OSError() if error.errno in NOT_WRITABLE:

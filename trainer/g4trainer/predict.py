@@ -27,7 +27,7 @@ from g4trainer.attention import choose_attention
 from g4trainer.collator import Collator
 from g4trainer.dataset import DataError, Example
 from g4trainer.evaluate import Generator, Prediction, generator_of, half_batch
-from g4trainer.exits import ExitCode, ModelError
+from g4trainer.exits import ExitCode, ModelError, TrainerError
 from g4trainer.gemma import read_facts
 from g4trainer.metrics import status_interval_s
 from g4trainer.model import attach_lora, load_adapter_weights, load_base, load_processor
@@ -42,6 +42,13 @@ CPU_PARAMETERS = 1_000_000_000
 """A larger model answers too slowly without a GPU to be of use."""
 
 log = logging.getLogger(__name__)
+
+
+class RequestError(TrainerError):
+    """Images, or a question, that cannot be answered."""
+
+    code = ExitCode.BAD_INPUT
+    remedy = "correct that, or leave it out, and ask again."
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ def answer_request(run: RunDir, folder: Path, *, show: Callable[[Answer], None] 
         return ExitCode(read_json(failed)["exit_code"])
     try:
         answers = _answer_all(run, read_request(folder), folder / "answers.jsonl", show)
+    except DataError as error:
+        return end_request(failed, RequestError(str(error)))
     except KNOWN as error:
         return end_request(failed, error)
     write_json(folder / "answers.json", {"answers": [asdict(answer) for answer in answers]})

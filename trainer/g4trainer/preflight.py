@@ -38,7 +38,7 @@ TINY_PARAMETERS = 50_000_000
 """Up to here one step on a CPU takes seconds."""
 STEP_SAMPLES = 2
 SIZES: tuple[gemma.Size, ...] = get_args(gemma.Size)
-STAGE_DATA = "correct the data, stage it again with `g4kit stage data`, and run this again."
+STAGE_DATA = "correct the data, stage it under another --name, and run this again with that as data.dataset."
 STAGE_MODEL = "stage the model again with `g4kit stage model`, and run this again."
 KINDS = {
     "self_attn": "attention",

@@ -1,8 +1,9 @@
 """`python -m g4trainer.vertex --attempts N ARGUMENTS`: what every container of a Vertex AI job runs.
 
 Vertex AI has no attempts: a container that fails ends the job, machines and all. So they are made here, as Cloud Run
-makes them: each with a time limit, then SIGTERM, a grace period, SIGKILL, until one ends with 0. What became of them
-stands in `$G4KIT_ATTEMPTS_FILE`, for the command line.
+makes them: each with a time limit, then SIGTERM, a grace period, SIGKILL, until one ends with 0; or, which Cloud Run
+does not know, with a code after which no retry can help (g4trainer.exits.FINAL). What became of them stands in
+`$G4KIT_ATTEMPTS_FILE`, for the command line.
 
 On several hosts each container makes its own attempts, and torchrun's rendezvous brings those of one number together:
 where one process fails, all of its attempt end (g4trainer.lifeline), on every host. The first worker pool's one
@@ -28,6 +29,7 @@ from typing import IO, Any
 
 from g4trainer import rundir
 from g4trainer.deadline import ATTEMPTS_VARIABLE, TIMEOUT_VARIABLE
+from g4trainer.exits import FINAL
 from g4trainer.processes import end_group, signal_group
 
 ATTEMPTS_FILE = "G4KIT_ATTEMPTS_FILE"
@@ -40,6 +42,8 @@ CHIEF, WORKERS = "workerpool0", "workerpool1"
 JOIN_S = 1800
 """How long a host waits for the others, the chief's included: machines start one by one, each with an image of several
 GB to load. A worker's attempt may take as much longer than the chief's: when time is up, the chief says so."""
+SETTLE_S = 0.5
+"""Before the next attempt: log entries know no attempts and are told apart by time, that of the reader of the output."""
 PAUSE_S = 2.0
 """Before a worker host tries again, for the chief may still be ending its own attempt."""
 POLL_S = 0.1
@@ -173,10 +177,9 @@ class Attempts:
             code, why = self._make(number)
             print(f"g4kit: attempt {number} ended with exit code {code}" + (why and f": {why}"), flush=True)
             number += 1
-            if code == 0 or (self.host.leads and number >= self.most):
+            if code == 0 or (self.host.leads and (code in FINAL or number >= self.most)):
                 break
-            if not self.host.leads:
-                time.sleep(PAUSE_S)
+            time.sleep(SETTLE_S if self.host.leads else PAUSE_S)
         return code
 
     def _make(self, number: int) -> tuple[int, str]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from g4kit.cloud.base import (
@@ -28,6 +28,7 @@ from g4kit.cloud.local_bucket import INTERNAL_FOLDER, LocalBucket, storage_error
 from g4kit.cloud.local_execution import ExecutionFolder, attempt_is_alive, read_execution
 from g4kit.locks import is_locked
 from g4trainer import rundir
+from g4trainer.exits import FINAL
 
 FOLLOW_INTERVAL_S = 0.2
 TERMINATION_GRACE_S = 10.0
@@ -49,9 +50,17 @@ def trainer_problems(command: tuple[str, ...]) -> list[str]:
 class LocalCloud:
     target = "local"
 
-    def __init__(self, root: Path, *, command: tuple[str, ...] = TRAINER, grace_s: float = TERMINATION_GRACE_S) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        command: tuple[str, ...] = TRAINER,
+        grace_s: float = TERMINATION_GRACE_S,
+        final_codes: Collection[int] = FINAL,
+    ) -> None:
+        """final_codes: exit codes after which no other attempt is made."""
         self.bucket = LocalBucket(root)
-        self.jobs = LocalJobs(self.bucket, command, grace_s)
+        self.jobs = LocalJobs(self.bucket, command, grace_s, final_codes)
         self.logs = LocalLogs(self.jobs)
         self._command = command
 
@@ -74,10 +83,13 @@ class LocalCloud:
 class LocalJobs:
     """Executions are folders below `root/local/executions`, named `<run id>-<launch id>`."""
 
-    def __init__(self, bucket: LocalBucket, command: tuple[str, ...], grace_s: float) -> None:
+    def __init__(
+        self, bucket: LocalBucket, command: tuple[str, ...], grace_s: float, final_codes: Collection[int]
+    ) -> None:
         self._bucket = bucket
         self._command = command
         self._grace_s = grace_s
+        self._final_codes = final_codes
         self._folder = bucket.root / INTERNAL_FOLDER / "executions"
 
     def problems(self, request: JobRequest) -> list[str]:
@@ -141,6 +153,7 @@ class LocalJobs:
             "args": list(request.args),
             "root": str(self._bucket.root),
             "grace_s": self._grace_s,
+            "final_codes": sorted(self._final_codes),
             "created_at": now().isoformat(),
         }
 

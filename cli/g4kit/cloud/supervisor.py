@@ -1,8 +1,9 @@
 """`python -m g4kit.cloud.supervisor EXECUTION_FOLDER`: runs a local execution as Cloud Run would.
 
-Tasks one after the other, each with attempts until one exits with 0; every other exit code is retried. An attempt gets
-Cloud Run's environment variables, a time limit, and at its end SIGTERM, 10 s, SIGKILL for its whole process group.
-The supervisor detaches from its starter, so it outlives the terminal.
+Tasks one after the other, each with attempts until one exits with 0; every other exit code is retried, except, which
+Cloud Run does not know, those after which no retry can help (g4trainer.exits.FINAL). An attempt gets Cloud Run's
+environment variables, a time limit, and at its end SIGTERM, 10 s, SIGKILL for its whole process group. The
+supervisor detaches from its starter, so it outlives the terminal.
 """
 
 import contextlib
@@ -134,6 +135,8 @@ class Supervisor:
             if exit_code == 0:
                 task["state"] = ExecutionState.SUCCEEDED
                 return ""
+            if exit_code in self.request["final_codes"]:
+                break
         task["state"] = ExecutionState.FAILED
         return ""
 
