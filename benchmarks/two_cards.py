@@ -60,6 +60,7 @@ from g4trainer.trainer import RunTrainer
 
 EFFECTIVE_BATCH = 8
 SAMPLES = 64
+"""That are made; a step takes others than the one before."""
 STEPS, LOGGED_EVERY, SAVED_AT, KILLED_AT = 24, 3, 18, 20
 WARM_STEPS = 6
 """Steps that are not timed: the first compile."""
@@ -147,7 +148,7 @@ def new_run(root: Path, name: str) -> RunDir:
             "data": {"dataset": "random", "validation_size": 0},
             "training": {
                 "learning_rate": LEARNING_RATE,
-                "num_train_epochs": STEPS * EFFECTIVE_BATCH / SAMPLES,
+                "num_train_epochs": 1,  # at an epoch's end the loader begins anew
                 "effective_batch_size": EFFECTIVE_BATCH,
                 "load_best_model": False,
             },
@@ -303,7 +304,7 @@ def worker(options: argparse.Namespace) -> int:
             self.model = attach_lora(base, lora, base_model=self.recipe.model.id)
             never_wait(self.model)
             self.initial_adapter = {}
-            self.splits = Splits(list(range(SAMPLES)), [], [], (), 0)  # type: ignore[arg-type]
+            self.splits = Splits(list(range(STEPS * EFFECTIVE_BATCH)), [], [], (), 0)  # type: ignore[arg-type]
             self.collator = samples
             self.attempt.own_the_run()
             self.plan.follow(plan_for(self.run, self.ranks.size, options.micro_batch))
@@ -370,7 +371,7 @@ class Samples:
         self.tokens = self._made[0]["input_ids"].shape[1]
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-        batch = {name: torch.cat([self._made[number][name] for number in numbers]) for name in self._made[0]}
+        batch = {name: torch.cat([self._made[number % SAMPLES][name] for number in numbers]) for name in self._made[0]}
         supervised = [5 + number % 10 for number in numbers]
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         width = max(supervised)

@@ -30,7 +30,7 @@ def memory_for(samples: int, answers: int) -> None:
     def limited_step(self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
         checkpointed = self.plan.activation_checkpointing == "full"
         if len(inputs["input_ids"]) > samples + checkpointed:
-            raise torch.OutOfMemoryError("simulated")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return step(self, model, inputs, *arguments)
 
     def limited_answer(self: Any, inputs: Any) -> Any:

@@ -20,6 +20,7 @@ from g4trainer.compiled import generating
 from g4trainer.dataset import DataError, Example
 from g4trainer.exits import OutOfMemory
 from g4trainer.gemma import END_OF_TURN
+from g4trainer.memory_errors import as_out_of_memory
 from g4trainer.model import is_sharded
 from g4trainer.pixels import as_numbers
 from g4trainer.ranks import ALONE, Ranks
@@ -142,6 +143,7 @@ def label_trie(collator: Collator, labels: Sequence[str]) -> dict[int, Any]:
     return trie
 
 
+@as_out_of_memory()
 def predict(
     generator: Generator,
     examples: Sequence[Example],

@@ -23,6 +23,7 @@ from g4trainer.collator import IGNORED, Collator, generation_prompt, token_id
 from g4trainer.dataset import DataError, Example, Splits, load_splits
 from g4trainer.evaluate import longest_answer
 from g4trainer.exits import ModelError, OutOfMemory
+from g4trainer.memory_errors import as_out_of_memory
 from g4trainer.model import (
     adapted_modules,
     attach_lora,
@@ -361,10 +362,11 @@ def _one_step(model: PeftModel, collator: Collator, examples: Sequence[Example],
     del batch["labels"]
     model.train()
     try:
-        with torch.autocast(device.type, compute_dtype(device), enabled=device.type == "cuda"):
-            logits = model(**batch, use_cache=False).logits.float()  # (batch, supervised, vocabulary)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        loss.backward()
+        with as_out_of_memory():
+            with torch.autocast(device.type, compute_dtype(device), enabled=device.type == "cuda"):
+                logits = model(**batch, use_cache=False).logits.float()  # (batch, supervised, vocabulary)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            loss.backward()
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"one step of {len(examples)} samples does not fit: {error}") from error
     finite = _count_gradients(model, report)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 PATIENCE = datetime.timedelta(days=7)
 """How long a rank waits for the others: rank 0 may write for minutes, and who died is found out by the lifeline."""
+CONNECTING_BYTES = 64 * 2**20
+"""Of a first sum: as large as a bucket of gradients, for NCCL connects each of its ways of summing when it takes it."""
 MESSAGE_BYTES = 256 * 2**20
 
 T = TypeVar("T")
@@ -56,9 +58,14 @@ class Ranks:
         """Returns when all ranks have met."""
         if self.size == 1:
             return
+        device = self.device()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device().type == "cuda" else "gloo", timeout=PATIENCE)
+            # Who died is found out by the lifeline; NCCL's own watchdog might end rank 0 before it has written it down.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if device.type == "cuda":
+            _take_buffers(device)
 
     def leave(self) -> None:
         """Ends the groups, after an end that all ranks came to together."""
@@ -131,6 +138,14 @@ class Ranks:
         for part in whole.split(MESSAGE_BYTES) if size else ():
             dist.broadcast(part, src=0, group=self._control)
         return content if content is not None else whole.numpy().tobytes()
+
+
+def _take_buffers(device: torch.device) -> None:
+    """Has NCCL connect, and take the memory that it holds beside torch's, before anybody asks how much is free."""
+    dist.all_reduce(torch.zeros(CONNECTING_BYTES // 4, device=device))
+    dist.broadcast(torch.zeros(1, device=device), src=0)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 _VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

@@ -1,8 +1,9 @@
 """Settings tried on the card before the first step: the plan then rests on what was measured there.
 
-A pass is that of a step: the longest samples, forward and backward, gradients kept from the pass before, and as much
-memory taken as the optimizer will. Nothing of it remains but compiled layers: gradients are dropped, and every random
-generator is set back, so that a run's results are the same with and without a trial (the tests compare them).
+A pass is that of a step: the longest samples, forward and backward, gradients kept from the pass before, as much
+memory taken as the optimizer will and, of several GPUs, as the copies of gradients that are sent. Nothing of it remains
+but compiled layers: gradients are dropped, and every random generator is set back, so that a run's results are the same
+with and without a trial (the tests compare them).
 """
 
 import contextlib
@@ -134,14 +135,18 @@ def _try(
 ) -> Tried:
     trainer = trainer_of(plan)
     micro = setting.micro_batch
-    samples = itertools.islice(itertools.cycle(longest), micro)
-    batch = trainer.data_collator(list(samples))
+    samples = list(itertools.islice(itertools.cycle(longest), micro))
+    if micro > 1:  # all are padded to the longest answer, too
+        samples[-1] = max(longest, key=lambda example: len(example.answer))
+    batch = trainer.data_collator(samples)
     first = last = 0.0
     short = False
     try:
         with gauge.watched(plan), trainer.as_in_training(), _room_for_the_optimizer(trainer):
-            first = _timed(trainer, batch)
-            last = _timed(trainer, batch)
+            with _copies_of_gradients(trainer) if ranks.size > 1 else contextlib.nullcontext():
+                first = _timed(trainer, batch)
+            with _copies_of_gradients(trainer) if ranks.size > 1 else contextlib.nullcontext():
+                last = _timed(trainer, batch)
     except torch.OutOfMemoryError:
         short = True
     finally:
@@ -163,6 +168,22 @@ def _room_for_the_optimizer(trainer: RunTrainer) -> Iterator[None]:
     ]
     yield
     del held
+
+
+@contextlib.contextmanager
+def _copies_of_gradients(trainer: RunTrainer) -> Iterator[None]:
+    """Takes, as a pass makes a gradient, as much memory again: the host is ahead of the device, so by the end of a
+    pass nearly all sums are still under way (g4trainer.gradients)."""
+    copies: list[torch.Tensor] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda one: copies.append(torch.empty_like(one.grad)))
+        for parameter in trainer.trained_parameters()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _timed(trainer: RunTrainer, batch: dict[str, Any]) -> float:

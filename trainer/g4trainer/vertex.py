@@ -43,7 +43,7 @@ JOIN_S = 1800
 """How long a host waits for the others, the chief's included: machines start one by one, each with an image of several
 GB to load. A worker's attempt may take as much longer than the chief's: when time is up, the chief says so."""
 SETTLE_S = 0.5
-"""Before the next attempt: log entries know no attempts and are told apart by time, that of the reader of the output."""
+"""Before the next attempt: log entries know no attempts and are told apart by the time of reading."""
 PAUSE_S = 2.0
 """Before a worker host tries again, for the chief may still be ending its own attempt."""
 POLL_S = 0.1
