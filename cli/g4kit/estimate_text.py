@@ -37,7 +37,7 @@ def text(found: Estimate, columns: int | None = None) -> str:
     )
     lines = [
         f"{found.recipe.model.id} on {found.hardware.title}: {'fits' if found.fits else 'does not fit'}",
-        f"memory  [{bar(memory, fit.free_bytes)}] {_gib(memory.total)} of {_gib(fit.free_bytes)} GiB free",
+        f"memory  [{bar(memory, fit.free_bytes)}] {_gib(memory.total)} GiB of {_gib(fit.free_bytes)} that are free",
         *(f"          {SYMBOLS[name]} {name:<22} {_part(size)}" for name, size in memory.parts.items() if size),
         f"          peak: {memory.moment}; training {training} GiB, evaluation {evaluation} GiB",
         f"plan    {cut}, evaluation batch {fit.evaluation_batch_size}, {found.tokens} tokens a sample",
@@ -96,7 +96,8 @@ def _price(found: Estimate) -> str:
     if found.cost is None:
         return each
     cost = found.cost
-    return f"${cost.expected:.2f} (${cost.low:.2f} to ${cost.high:.2f}), at worst ${cost.worst:.2f}; {each}"
+    every = " for each execution" if cost.high > cost.worst else ""
+    return f"${cost.expected:.2f} (${cost.low:.2f} to ${cost.high:.2f}), at worst ${cost.worst:.2f}{every}; {each}"
 
 
 def _part(count: int) -> str:

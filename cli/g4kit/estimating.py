@@ -317,6 +317,8 @@ def _warnings(
         found.append(
             "time: no step was measured on this card; scaled from an H200's by published rates, so the range is wide."
         )
+    if time and job.gpus > 1:
+        found.append("time: what the GPUs send one another is not counted; see docs/scale.md for what was measured.")
     if not hardware.accelerator:
         found.append("time: not predicted, for the rates of this hardware are not known.")
     elif samples is None:

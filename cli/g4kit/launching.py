@@ -11,7 +11,7 @@ from g4kit.budget import describe as describe_limits
 from g4kit.capping import cap_of, environment_of, limits_of_first, limits_of_next, under_limits
 from g4kit.cloud.base import Bucket, Cloud, Execution, JobRequest, ObjectNotFoundError, PreconditionError
 from g4kit.errors import UserError
-from g4kit.estimating import Estimate
+from g4kit.estimating import PUBLISHED, Estimate
 from g4kit.launches import Launch, read_launches, write_intent, write_started
 from g4kit.runs import (
     DamagedError,
@@ -205,9 +205,13 @@ def _staging_problems(bucket: Bucket, kind: Kind, name: str) -> list[str]:
     if not problems:
         return []
     builtin = f"builtin:{name}"
-    source = builtin if builtin in BUILTIN else f"FOLDER --name {name}"
+    published = kind == "model" and PUBLISHED.fullmatch(name.removesuffix("-it"))
+    elsewhere = f"google/{name}" if published else f"FOLDER --name {name}"
+    source = builtin if builtin in BUILTIN else elsewhere
     how = "is not staged" if len(problems) == 1 and "STAGED.json" in problems[0] else f"is incomplete: {problems[0]}"
-    return [f'{field}: got "{name}", and {bucket.url}/{folder} {how}; write: g4kit stage {kind} {source}']
+    others = bucket.folders(f"{FOLDERS[kind]}/") if how == "is not staged" else []
+    known = f" (staged: {', '.join(others)})" if others else ""
+    return [f'{field}: got "{name}", and {bucket.url}/{folder} {how}{known}; write: g4kit stage {kind} {source}']
 
 
 def _refuse_another_recipe(bucket: Bucket, plan: LaunchPlan) -> None:

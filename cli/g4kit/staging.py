@@ -18,7 +18,7 @@ from g4kit.sources import MARKER, FolderSource, Source, StageError
 from g4kit.transfer import in_parallel
 from g4trainer.hub import Kind
 from g4trainer.model_files import model_problems
-from g4trainer.rows import count_rows
+from g4trainer.rows import count_rows, missing_splits
 from g4trainer.staging import FOLDERS
 
 BUILTIN: dict[str, Kind] = {"builtin:tiny-gemma4": "model", "builtin:digits": "data"}
@@ -224,6 +224,12 @@ def _check_content(kind: Kind, source: Source) -> None:
     ]
     if kind == "model" and not problems:
         problems += model_problems(source.sizes, source.read)
+    if kind == "data":
+        problems += [
+            f"{split}: missing; write {split}.parquet, {split}.jsonl for chat, or a folder {split}/<label>/ of images."
+            for split in missing_splits(source.sizes)
+        ]
     if problems:
         said = "\n".join(f"  {problem}" for problem in problems)
-        raise StageError(f"{source.origin}: got a {kind} that no run can use:\n{said}")
+        noun = {"model": "model", "data": "data set"}[kind]
+        raise StageError(f"{source.origin}: got a {noun} that no run can use:\n{said}")

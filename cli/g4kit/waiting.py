@@ -37,9 +37,13 @@ def commands_for(run_id: str) -> dict[str, str]:
 
 
 def print_started(cloud: Cloud, run_id: str, as_json: bool) -> None:
-    for what, text in commands_for(run_id).items():
-        say(f"  {what:<7} {text}")
-    _print_view(read_run(cloud, run_id), as_json)
+    view = read_run(cloud, run_id)
+    if view.live:
+        for what, text in commands_for(run_id).items():
+            say(f"  {what:<7} {text}")
+    else:
+        say(next_step(view))
+    _print_view(view, as_json)
 
 
 def wait_and_exit(cloud: Cloud, run_id: str, as_json: bool) -> NoReturn:

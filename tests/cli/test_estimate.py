@@ -42,7 +42,7 @@ def test_estimate_says_memory_plan_time_and_price(bare: Bench) -> None:
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "gemma-4-31B-it on NVIDIA RTX PRO 6000 Blackwell, 96 GB: fits"
-    assert re.match(r"memory  \[W{7}UL.*\.+\] 84\.\d of 94\.8 GiB free$", lines[1])
+    assert re.match(r"memory  \[W{7}UL.*\.+\] 84\.\d GiB of 94\.8 that are free$", lines[1])
     shown = {line.split()[1] + line.split()[2]: float(line.split()[-2]) for line in lines if line.endswith(" GiB")}
     assert shown["weightsin"] == 14.3
     assert "plan    micro-batch 4 x 2, activation checkpointing none, evaluation batch 64" in result.stdout
@@ -394,6 +394,8 @@ def test_several_gpus_share_the_answers_in_whole_batches() -> None:
     sizes = ("training.effective_batch_size=40", "evaluation.batch_size=64", "data.test_size=1000")
     recipes = [load_recipe(PETS, [*sizes, "job.accelerator=nvidia-h100-80gb", f"job.gpus={n}"]) for n in (1, 5, 8)]
     times = [estimated(recipe, card="nvidia-h100-80gb").time for recipe in recipes]
+    warnings = [estimated(recipe, card="nvidia-h100-80gb").warnings for recipe in recipes[:2]]
+    assert ["what the GPUs send one another is not counted" in " ".join(told) for told in warnings] == [False, True]
     one, five, eight = ({name: time.phases[name] for name in ("baseline", "final")} for time in times if time)
     assert one["final"] / eight["final"] == pytest.approx(1000 / 128)
     assert one["baseline"] / five["baseline"] == pytest.approx(1000 / 256)

@@ -106,6 +106,8 @@ def test_launching_an_id_again_returns_the_run_that_is_there(g4kit: Bench, launc
     again = g4kit("launch", g4kit.recipe, "--id", "mine-1", "--set", "job.timeout_s=120", "--json")
     assert again.exit_code == 0
     assert json.loads(again.stdout)["state"] == "succeeded"
+    assert "take it home  g4kit fetch mine-1" in again.stderr
+    assert "g4kit cancel" not in again.stderr, "nothing goes on"
     assert len(executions(g4kit, run_id)) == 1
     assert claims(g4kit, run_id) == 1
 
@@ -222,6 +224,14 @@ def test_cancel_ends_a_run_which_can_be_resumed(g4kit: Bench, launched: Launch) 
     assert g4kit("cancel", run_id).exit_code == 0
     assert g4kit("resume", run_id, "--wait").exit_code == 0
     assert json.loads(g4kit("runs", run_id, "--json").stdout)["state"] == "succeeded"
+
+
+def test_cancel_says_that_a_run_had_to_be_killed(g4kit: Bench, launched: Launch) -> None:
+    run_id = launched([{**SLEEPING[0], "ignore_sigterm": True}], ended=False)
+    wait_until(lambda: is_running(g4kit, run_id), bool)
+    result = g4kit("cancel", run_id)
+    assert result.exit_code == 0, result.stderr
+    assert "was killed, for it had not stopped within 10 s" in result.stderr
 
 
 def test_cancel_of_a_run_that_has_ended(g4kit: Bench, launched: Launch) -> None:

@@ -143,6 +143,10 @@ def test_foreign_files_in_an_unfinished_folder_are_refused(bare: Bench, model: P
         (["data", "EMPTY"], "got an empty folder"),
         (["model", "PICKLED"], "pytorch_model.bin: got pickled files"),
         (["model", "LINKED"], "got a symbolic link; write a folder of plain files"),
+        (
+            ["data", "MODEL"],
+            "got a data set that no run can use:\n  train: missing; write train.parquet, train.jsonl for chat",
+        ),
         (["data", "MODEL", "--name", "../../x"], "name: got '../../x'; write letters"),
         (["data", "MODEL", "--name", ""], "name: got ''"),
         (["data", "builtin:digits", "--name", "a/b"], "name: got 'a/b'"),

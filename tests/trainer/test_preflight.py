@@ -52,6 +52,17 @@ def states(report: Report) -> dict[str, str]:
     return {check.name: check.state for check in report.checks}
 
 
+def test_a_data_set_that_is_not_there_is_told_with_those_that_are(root: Path) -> None:
+    report = preflight(subject_of_recipe(recipe(dataset="digit"), root))
+    (root / "datasets/digits/STAGED.json").write_text("{}")
+    told = preflight(subject_of_recipe(recipe(dataset="digit"), root))
+    assert "data set" not in states(report), "nothing is staged here: the run may be to be elsewhere"
+    assert (states(told)["data set"], states(told)["token alignment"]) == ("warning", "skipped")
+    [check] = [check for check in told.checks if check.name == "data set"]
+    assert check.detail == "digit is not staged here; digits is"
+    assert told.passed
+
+
 def test_a_tiny_model_and_real_digits_pass_every_check(root: Path) -> None:
     report = preflight(subject_of_recipe(recipe(), root), samples=3)
     assert states(report) == dict.fromkeys(

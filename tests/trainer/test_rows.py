@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from g4trainer.rows import count_rows, parquet_rows
+from g4trainer.rows import count_rows, missing_splits, parquet_rows
 
 
 def counted(folder: Path) -> dict[str, int]:
@@ -43,6 +43,19 @@ def test_shards_add_up_and_splits_are_told_apart(tmp_path: Path) -> None:
     for name, rows in (("train-00000-of-00002", 5), ("train-00001-of-00002", 6), ("test-00000-of-00001", 2)):
         pyarrow.parquet.write_table(table(rows), tmp_path / "data" / f"{name}.parquet")
     assert counted(tmp_path) == {"train": 11, "test": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train.parquet", "data/test-00000-of-00001.parquet"], []),
+        (["data/train.jsonl", "test.jsonl", "photos/a.jpg"], []),
+        (["train/cat/a.jpg"], ["test"]),
+        (["cat/a.jpg", "trains.jsonl", "notes/test/a.jpg"], ["train", "test"]),
+    ],
+)
+def test_splits_without_a_file(names: list[str], missing: list[str]) -> None:
+    assert missing_splits(names) == missing
 
 
 def test_images_in_folders_and_lines_of_chats(tmp_path: Path) -> None:

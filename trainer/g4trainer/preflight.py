@@ -134,6 +134,8 @@ class Subject:
     """The staged model; None where only its configuration is known."""
     recipe: Recipe | None = None
     dataset: Path | None = None
+    others: tuple[str, ...] = ()
+    """Data sets that are staged where the recipe's is not."""
 
 
 def subject_of_size(size: gemma.Size, *, lora: Lora | None = None) -> Subject:
@@ -159,16 +161,18 @@ def subject_of_recipe(recipe: Recipe, root: Path) -> Subject:
             f"{folder}: not staged, and {recipe.model.id!r} names none of the sizes {', '.join(SIZES)}.",
             remedy="stage it with `g4kit stage model`, and run this again.",
         )
-    return Subject(
-        recipe.name, recipe.model, config, recipe.lora, staged, recipe, dataset if dataset.is_dir() else None
-    )
+    found = dataset if dataset.is_dir() else None
+    others = () if found else tuple(sorted(marker.parent.name for marker in dataset.parent.glob("*/STAGED.json")))
+    return Subject(recipe.name, recipe.model, config, recipe.lora, staged, recipe, found, others)
 
 
 def preflight(subject: Subject, *, samples: int = 8) -> Report:
     """All checks that what is there allows. Raises nothing that has a known cause: it becomes a failed check."""
     report = Report(subject.title)
     facts = gemma.facts_of(subject.config, source=subject.title)
-    report.add("model", "passed", f"{facts.parameters / 1e9:.2f} B parameters, {len(facts.linears)} linear modules")
+    count = facts.parameters
+    size = f"{count / 1e9:.2f} B" if count >= TINY_PARAMETERS else f"{count:,}"
+    report.add("model", "passed", f"{size} parameters, {len(facts.linears)} linear modules")
     collator = _collator(subject, report)
     splits = _samples(subject, collator, samples, report)
     step, why_not = _step_allowed(subject, facts, splits)
@@ -231,6 +235,14 @@ def _processor_problems(processor: Any, config: dict[str, Any]) -> Iterator[str]
 def _samples(subject: Subject, collator: Collator | None, count: int, report: Report) -> Splits | None:
     """Reads the staged data, and checks the alignment of `count` real samples; None where there is nothing to check."""
     name = "token alignment"
+    if subject.recipe and subject.others:
+        wanted = subject.recipe.data.dataset
+        report.add(
+            "data set",
+            "warning",
+            f"{wanted} is not staged here; {', '.join(subject.others)} is",
+            f"where the run is to be here: g4kit stage data FOLDER --name {wanted}, or correct data.dataset.",
+        )
     if subject.recipe is None or subject.dataset is None or collator is None:
         missing = "data set" if collator else "tokenizer"
         report.add(name, "skipped", f"no staged {missing} to take samples from")

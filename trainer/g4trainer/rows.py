@@ -4,7 +4,7 @@ Only the standard library: the command line counts while it stages, where neithe
 The splits are found as g4trainer.dataset finds them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -34,6 +34,20 @@ def count_rows(sizes: Mapping[str, int], read: Read) -> dict[str, int]:
     sizes: bytes of each file by its path in the data set.
     """
     return {split: rows for split in SPLITS if (rows := _rows_of(split, sizes, read)) is not None}
+
+
+def missing_splits(names: Iterable[str]) -> list[str]:
+    """Splits that no file belongs to, in any of the forms that g4trainer.dataset knows.
+
+    names: the files' paths in the data set.
+    """
+    paths = [PurePosixPath(name) for name in names]
+    return [split for split in SPLITS if not any(_belongs(path, split) for path in paths)]
+
+
+def _belongs(path: PurePosixPath, split: str) -> bool:
+    parquet = path.suffix == ".parquet" and path.name.startswith(split)
+    return parquet or path.as_posix() in (f"{split}.jsonl", f"data/{split}.jsonl") or path.parts[0] == split
 
 
 def _rows_of(split: str, sizes: Mapping[str, int], read: Read) -> int | None:

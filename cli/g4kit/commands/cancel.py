@@ -1,3 +1,4 @@
+import signal
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from g4kit.targets import open_cloud
 PATIENCE_S = 60.0
 """A process has 10 s between SIGTERM and SIGKILL; what is not over long after that needs a look."""
 POLL_S = 0.2
+KILLED = 128 + signal.SIGKILL
 
 
 @click.command("cancel", short_help="End a run that is going on.")
@@ -69,6 +71,8 @@ def _cancel(cloud: Cloud, what: str, some_id: str, executions: list[Execution], 
         if time.monotonic() > deadline:
             raise FailedError(f"{what}: still going on after {PATIENCE_S:.0f} s; write: g4kit runs {some_id}")
         time.sleep(POLL_S)
+    if any(cloud.jobs.get(name).exit_code == KILLED for name in active):
+        say(f"{what}: was killed, for it had not stopped within 10 s; what came after its last checkpoint is lost")
     state = state_now()
     say(f"{what}: {state}" + ("" if state == "succeeded" else f"; to go on later: g4kit resume {some_id}"))
     print_data(some_id)
