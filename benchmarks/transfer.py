@@ -72,7 +72,7 @@ def make(folder: Path, size: int) -> Path:
     """A data set of a few large files."""
     folder.mkdir()
     for number in range(PARTS):
-        with (folder / f"{number}.parquet").open("wb") as file:
+        with (folder / f"{'train' if number else 'test'}-{number}.parquet").open("wb") as file:
             file.write(number.to_bytes(1, "big"))
             for _ in range(size // len(BLOCK)):
                 file.write(BLOCK)

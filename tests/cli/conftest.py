@@ -40,7 +40,8 @@ def g4kit(bare: Bench) -> Bench:
     sources = bare.folder / "sources"
     made_up_model.write(sources / "tiny-gemma4")
     (sources / "digits").mkdir()
-    (sources / "digits" / "train.parquet").write_bytes(os.urandom(1000))
+    for split in ("train", "test"):
+        (sources / "digits" / f"{split}.parquet").write_bytes(os.urandom(1000))
     staged: tuple[tuple[Kind, str], ...] = (("model", "tiny-gemma4"), ("data", "digits"))
     for kind, name in staged:
         stage(bare.cloud.bucket, kind, str(sources / name), name, trainer=(), say=lambda _: None)

@@ -112,6 +112,7 @@ def test_copies_show_bytes_rate_and_time_left_on_a_terminal_and_json_stays_json(
     folder = bare.folder / "photos"
     folder.mkdir()
     (folder / "train.parquet").write_bytes(os.urandom(3_000_000))
+    (folder / "test.parquet").touch()
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "g4kit", "stage", "data", str(folder), "--json"],
@@ -124,9 +125,9 @@ def test_copies_show_bytes_rate_and_time_left_on_a_terminal_and_json_stays_json(
     os.close(terminal)
     drawn = read_until_closed(controller, process)
     data, _ = process.communicate(timeout=10)
-    staged = {"folder": "datasets/photos", "files": 1, "size": 3_000_000, "already": False}
+    staged = {"folder": "datasets/photos", "files": 2, "size": 3_000_000, "already": False}
     assert (process.returncode, json.loads(data)) == (0, staged)
-    assert "copying 1 files" in drawn
+    assert "copying 2 files" in drawn
     assert "3.0/3.0 MB" in drawn
     assert "0:00:00" in drawn
 

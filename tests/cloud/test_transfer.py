@@ -25,7 +25,7 @@ from g4kit.staging import MAX_OBJECT_BYTES, stage
 from g4kit.transfer import StoppedError, in_parallel, partial_file, session_file
 from g4trainer.rundir import file_entry
 
-FILES = {"a.parquet": 34 << 20, "b.parquet": 9 << 20, "small.parquet": 1000}
+FILES = {"train-0.parquet": 34 << 20, "train-1.parquet": 9 << 20, "test.parquet": 1000}
 """The first one is received in two parts at once."""
 TOTAL = sum(FILES.values())
 LARGE = 2
@@ -78,7 +78,7 @@ def test_staging_goes_on_after_kill_9(
     assert ended.returncode == 0, ended.stderr
     for name in files:
         assert crc32c_of_file(google.mount / "datasets" / "photos" / name) == crc32c_of_file(source / name)
-    again = uploads.received_bytes - (sum(files.values()) - files["small.parquet"])
+    again = uploads.received_bytes - (sum(files.values()) - files["test.parquet"])
     report(kills, amid, again)
     assert again <= kills * LARGE * CHUNK_BYTES
 
@@ -233,7 +233,7 @@ def test_many_files_in_one_stage(google: FakeGoogleCloud, environ: dict[str, str
     """Staged, and again with one file missing; memory does not grow with their number."""
     folder = tmp_path / "many"
     for number in range(count):
-        file = folder / f"{number % 100:02}" / f"{number}.jpg"
+        file = folder / ("test" if number % 100 == 0 else "train") / f"{number % 100:02}" / f"{number}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"%d" % number)
     told, seconds, peak_mb = measured(["stage", "data", str(folder)], environ)
@@ -242,10 +242,10 @@ def test_many_files_in_one_stage(google: FakeGoogleCloud, environ: dict[str, str
     assert len(json.loads((there / "STAGED.json").read_text())["files"]) == count
     print(f"{count} files: {seconds:.1f} s, {count / seconds:.0f} a second, peak {peak_mb:.0f} MB")
     assert peak_mb < 200
-    (there / "07" / "107.jpg").unlink()
+    (there / "train" / "07" / "107.jpg").unlink()
     before = sum(line.startswith("POST /upload") for line in google.server.requests)
     measured(["stage", "data", str(folder)], environ)
-    assert (there / "07" / "107.jpg").read_bytes() == b"107"
+    assert (there / "train" / "07" / "107.jpg").read_bytes() == b"107"
     assert sum(line.startswith("POST /upload") for line in google.server.requests) - before == 2, "it and the marker"
 
 
@@ -279,6 +279,7 @@ def test_ctrl_c_ends_a_stage_soon_and_keeps_what_was_copied(
         [sys.executable, "-m", "g4kit", "stage", "data", str(source)], env=environ, stderr=subprocess.PIPE, text=True
     )
     while google.storage.uploads.received_bytes < CHUNK_BYTES:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=8)
