@@ -157,6 +157,7 @@ def test_a_shared_base_model_gives_the_result_of_a_whole_one(server: Server) -> 
     assert_close(stopped, whole)
 
 
+@pytest.mark.slow
 def test_experts_of_a_shared_base_model_learn_as_those_of_a_whole_one(server: Server, experts_model: str) -> None:
     settings = chosen(
         model={"id": experts_model, "quantization": "none"},
