@@ -226,6 +226,7 @@ def test_cancel_ends_a_run_which_can_be_resumed(g4kit: Bench, launched: Launch) 
     assert json.loads(g4kit("runs", run_id, "--json").stdout)["state"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_cancel_says_that_a_run_had_to_be_killed(g4kit: Bench, launched: Launch) -> None:
     run_id = launched([{**SLEEPING[0], "ignore_sigterm": True}], ended=False)
     wait_until(lambda: is_running(g4kit, run_id), bool)
