@@ -17,9 +17,8 @@ from g4kit.output import size
 from g4kit.sources import MARKER, FolderSource, Source, StageError
 from g4kit.transfer import in_parallel
 from g4trainer.hub import Kind
-from g4trainer.model_files import model_problems
-from g4trainer.rows import count_rows, missing_splits
-from g4trainer.staging import FOLDERS
+from g4trainer.rows import count_rows
+from g4trainer.staging import FOLDERS, content_problems, refusal
 
 BUILTIN: dict[str, Kind] = {"builtin:tiny-gemma4": "model", "builtin:digits": "data"}
 """Source -> kind. The trainer makes them: `python -m g4trainer tiny KIND FOLDER`."""
@@ -222,14 +221,7 @@ def _check_content(kind: Kind, source: Source) -> None:
         for name, count in source.sizes.items()
         if count > MAX_OBJECT_BYTES
     ]
-    if kind == "model" and not problems:
-        problems += model_problems(source.sizes, source.read)
-    if kind == "data":
-        problems += [
-            f"{split}: missing; write {split}.parquet, {split}.jsonl for chat, or a folder {split}/<label>/ of images."
-            for split in missing_splits(source.sizes)
-        ]
+    if not problems:
+        problems = content_problems(kind, source.sizes, source.read)
     if problems:
-        said = "\n".join(f"  {problem}" for problem in problems)
-        noun = {"model": "model", "data": "data set"}[kind]
-        raise StageError(f"{source.origin}: got a {noun} that no run can use:\n{said}")
+        raise StageError(refusal(source.origin, kind, problems))

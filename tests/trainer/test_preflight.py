@@ -59,7 +59,7 @@ def test_a_data_set_that_is_not_there_is_told_with_those_that_are(root: Path) ->
     assert "data set" not in states(report), "nothing is staged here: the run may be to be elsewhere"
     assert (states(told)["data set"], states(told)["token alignment"]) == ("warning", "skipped")
     [check] = [check for check in told.checks if check.name == "data set"]
-    assert check.detail == "digit is not staged here; digits is"
+    assert check.detail == "digit is not staged here, where these are: digits"
     assert told.passed
 
 

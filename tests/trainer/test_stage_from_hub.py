@@ -174,14 +174,18 @@ def test_a_data_set_as_a_process(fake: FakeHub, tmp_path: Path) -> None:
     photos = tmp_path / "photos" / "data"
     photos.mkdir(parents=True)
     (photos / "train.parquet").write_bytes(os.urandom(100_000))
-    made = fake.add("datasets", "me/photos", tmp_path / "photos")
+    fake.add("datasets", "me/photos", tmp_path / "photos")
     environ = os.environ | {"HF_ENDPOINT": fake.url, "G4KIT_ROOT": str(tmp_path / "bucket"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "g4trainer", "stage", "data", "me/photos", "--name", "pictures"]
+    half = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert (half.returncode, "test: missing; write test.parquet" in half.stderr) == (2, True)
+    (photos / "test.parquet").touch()
+    made = fake.add("datasets", "me/photos", tmp_path / "photos")
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     marker = json.loads((tmp_path / "bucket/datasets/pictures/STAGED.json").read_text())
     assert (marker["source"], marker["revision"]) == ("hf://datasets/me/photos", made.commit)
-    assert f"commit {made.commit}, 1 files" in ended.stdout
+    assert f"commit {made.commit}, 2 files" in ended.stdout
     refused = subprocess.run([*command[:-1], "../x"], env=environ, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("g4trainer: stage: got --name '../x'; write letters")

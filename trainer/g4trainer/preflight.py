@@ -240,7 +240,7 @@ def _samples(subject: Subject, collator: Collator | None, count: int, report: Re
         report.add(
             "data set",
             "warning",
-            f"{wanted} is not staged here; {', '.join(subject.others)} is",
+            f"{wanted} is not staged here, where these are: {', '.join(subject.others)}",
             f"where the run is to be here: g4kit stage data FOLDER --name {wanted}, or correct data.dataset.",
         )
     if subject.recipe is None or subject.dataset is None or collator is None:

@@ -58,14 +58,21 @@ class Ranks:
         """Returns when all ranks have met."""
         if self.size == 1:
             return
-        device = self.device()
         if not dist.is_initialized():
             # Who died is found out by the lifeline; NCCL's own watchdog might end rank 0 before it has written it down.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if self.device().type == "cuda" else "gloo", timeout=PATIENCE)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        if device.type == "cuda":
-            _take_buffers(device)
+
+    def connect(self, device: torch.device) -> None:
+        """Has the devices' network connect, and take the memory that it holds beside torch's, before anybody asks how
+        much is free. Where one rank died the others wait here, until the lifeline ends them."""
+        if self.size == 1 or device.type != "cuda":
+            return
+        dist.all_reduce(torch.zeros(CONNECTING_BYTES // torch.float32.itemsize, device=device))
+        dist.broadcast(torch.zeros(1, device=device), src=0)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
     def leave(self) -> None:
         """Ends the groups, after an end that all ranks came to together."""
@@ -138,14 +145,6 @@ class Ranks:
         for part in whole.split(MESSAGE_BYTES) if size else ():
             dist.broadcast(part, src=0, group=self._control)
         return content if content is not None else whole.numpy().tobytes()
-
-
-def _take_buffers(device: torch.device) -> None:
-    """Has NCCL connect, and take the memory that it holds beside torch's, before anybody asks how much is free."""
-    dist.all_reduce(torch.zeros(CONNECTING_BYTES // 4, device=device))
-    dist.broadcast(torch.zeros(1, device=device), src=0)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
 
 
 _VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

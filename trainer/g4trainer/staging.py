@@ -7,18 +7,19 @@ reads it, keeps what has the hub's digest and writes the rest again.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from g4trainer.hub import BLOCK_BYTES, HubError, HubRepo, Kind, open_repo
 from g4trainer.model_files import model_problems
-from g4trainer.rows import count_rows
+from g4trainer.rows import Read, count_rows, missing_splits
 from g4trainer.rundir import read_json, write_json
 
 MARKER = "STAGED.json"
 FOLDERS: dict[Kind, str] = {"model": "models", "data": "datasets"}
+NOUNS: dict[Kind, str] = {"model": "model", "data": "data set"}
 WORKERS = 4
 """Files on their way at a time. A mounted bucket keeps some 64 MB of each in memory."""
 SAY_EVERY_S = 15.0
@@ -67,10 +68,27 @@ def check(repo: HubRepo) -> None:
     if not repo.files:
         raise HubError(f"{repo.origin}: got no files; write another repository.")
     sizes = {name: file.size for name, file in repo.files.items()}
-    problems = model_problems(sizes, repo.read) if repo.kind == "model" else []
+    problems = content_problems(repo.kind, sizes, repo.read)
     if problems:
-        said = "\n".join(f"  {problem}" for problem in problems)
-        raise HubError(f"{repo.origin}: got a model that no run can use:\n{said}")
+        raise HubError(refusal(repo.origin, repo.kind, problems))
+
+
+def content_problems(kind: Kind, sizes: Mapping[str, int], read: Read) -> list[str]:
+    """All that keeps files from being a model, or a data set, that a run can use; of weights, only headers are read.
+
+    sizes: bytes of each file by its path.
+    """
+    if kind == "model":
+        return model_problems(sizes, read)
+    return [
+        f"{split}: missing; write {split}.parquet, {split}.jsonl for chat, or a folder {split}/<label>/ of images."
+        for split in missing_splits(sizes)
+    ]
+
+
+def refusal(origin: str, kind: Kind, problems: Sequence[str]) -> str:
+    said = "\n".join(f"  {problem}" for problem in problems)
+    return f"{origin}: got a {NOUNS[kind]} that no run can use:\n{said}"
 
 
 def _copy(repo: HubRepo, name: str, path: Path, counter: "_Counter") -> dict[str, Any]:

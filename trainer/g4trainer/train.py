@@ -79,6 +79,7 @@ class Phases:
         self.frozen = load_frozen(self.run.recipe)
         self.recipe = on_processes(self.frozen.recipe, self.ranks.size)
         self.device = self.ranks.device()
+        self.ranks.connect(self.device)
         self.plan = attempt.plan = RunPlan(
             self.run, self.recipe, attempt.publisher, attempt.status, ranks=self.ranks, device=self.device
         )

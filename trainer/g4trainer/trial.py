@@ -143,10 +143,7 @@ def _try(
     short = False
     try:
         with gauge.watched(plan), trainer.as_in_training(), _room_for_the_optimizer(trainer):
-            with _copies_of_gradients(trainer) if ranks.size > 1 else contextlib.nullcontext():
-                first = _timed(trainer, batch)
-            with _copies_of_gradients(trainer) if ranks.size > 1 else contextlib.nullcontext():
-                last = _timed(trainer, batch)
+            first, last = (_timed(trainer, batch, sent=ranks.size > 1) for _ in range(2))
     except torch.OutOfMemoryError:
         short = True
     finally:
@@ -186,10 +183,11 @@ def _copies_of_gradients(trainer: RunTrainer) -> Iterator[None]:
             hook.remove()
 
 
-def _timed(trainer: RunTrainer, batch: dict[str, Any]) -> float:
-    """Seconds of a pass, all of its work on the device done."""
+def _timed(trainer: RunTrainer, batch: dict[str, Any], *, sent: bool) -> float:
+    """Seconds of a pass, all of its work on the device done. sent: whether its gradients go to other GPUs."""
     begun = time.monotonic()
-    trainer.pass_over(batch)
+    with _copies_of_gradients(trainer) if sent else contextlib.nullcontext():
+        trainer.pass_over(batch)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic() - begun
