@@ -177,7 +177,9 @@ def test_a_data_set_as_a_process(fake: FakeHub, tmp_path: Path) -> None:
     fake.add("datasets", "me/half", tmp_path / "photos")
     environ = os.environ | {"HF_ENDPOINT": fake.url, "G4KIT_ROOT": str(tmp_path / "bucket"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "g4trainer", "stage", "data", "me/photos", "--name", "pictures"]
-    half = subprocess.run([*command[:5], "me/half"], env=environ, capture_output=True, text=True, check=False)
+    half = subprocess.run(
+        [*command[:5], "me/half", *command[6:]], env=environ, capture_output=True, text=True, check=False
+    )
     assert (half.returncode, "test: missing; write test.parquet" in half.stderr) == (2, True)
     (photos / "test.parquet").touch()
     made = fake.add("datasets", "me/photos", tmp_path / "photos")
