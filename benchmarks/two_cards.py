@@ -61,13 +61,13 @@ from g4trainer.trainer import RunTrainer
 EFFECTIVE_BATCH = 8
 SAMPLES = 64
 """That are made; a step takes others than the one before."""
-STEPS, LOGGED_EVERY, SAVED_AT, KILLED_AT = 24, 3, 18, 20
-WARM_STEPS = 6
-"""Steps that are not timed: the first compile."""
+STEPS, LOGGED_EVERY, SAVED_AT, KILLED_AT = 36, 3, 30, 32
+WARM_STEPS = 12
+"""Steps that are not timed: the first compile, and some more find memory for the first time."""
 LEARNING_RATE = 2e-4
 FLAGS = ("tiny", "no_compile", "sharded")
 """Options that the processes of a part are given too."""
-PART_S = 240
+PART_S = 360
 """Longer than any part takes; a part that hangs is a failure."""
 
 
@@ -75,7 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="text layers to keep")
     parser.add_argument("--micro-batch", type=int, default=EFFECTIVE_BATCH, help="samples a pass at most")
-    parser.add_argument("--resume-on", type=int, nargs="+", default=(1, 2), help="cards, for a run each")
+    parser.add_argument("--resume-on", type=int, nargs="*", default=(1, 2), help="cards, for a run each")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--sharded", action="store_true", help="weights in bf16, shared by the two cards")
     parser.add_argument("--tiny", action="store_true", help="the structure of the size at a tiny width, on the CPU")
@@ -125,6 +125,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         "tiny": options.tiny,
         "sharded": options.sharded,
         "samples_per_second": {name: round(value, 3) for name, value in speed.items()},
+        "seconds_a_step": {"one card": step_seconds(one), "two cards": step_seconds(two)},
         "speedup": round(speed["two cards"] / speed["one card"], 3),
         "largest_relative_difference_of_a_loss": {name: float(f"{by:.3g}") for name, by in differences.items()},
         "peak_memory_gib": {
@@ -213,7 +214,7 @@ def start(run: RunDir, cards: int, options: argparse.Namespace, **environment: s
         print(text[-6000:], file=sys.stderr)
     ended = {"exit_code": code, "as_expected": as_expected, "seconds": round(time.monotonic() - begun, 1)}
     print(f"{run.path.name} on {cards}: {ended}; {samples_a_second(run):.2f} samples/s", flush=True)
-    print(json.dumps(losses_of(run)), flush=True)
+    print(json.dumps({"losses": losses_of(run), "seconds a step": step_seconds(run)}), flush=True)
     return ended
 
 
@@ -245,12 +246,18 @@ def difference(losses: dict[int, float], reference: dict[int, float]) -> float:
 
 def samples_a_second(run: RunDir) -> float:
     """By the median time of the warm steps before the first checkpoint, of the first attempt."""
+    return EFFECTIVE_BATCH / statistics.median(
+        seconds for step, seconds in step_seconds(run).items() if WARM_STEPS < step <= SAVED_AT
+    )
+
+
+def step_seconds(run: RunDir) -> dict[int, float]:
+    """Seconds a step of the first attempt, the mean of those up to the one that is named."""
     lines = [json.loads(line) for line in (run.metrics / "0001.jsonl").read_bytes().splitlines()]
-    times = [
-        datetime.fromisoformat(line["time"]).timestamp() for line in lines if WARM_STEPS <= line["step"] <= SAVED_AT
-    ]
-    median = statistics.median(after - before for before, after in itertools.pairwise(times))
-    return EFFECTIVE_BATCH * LOGGED_EVERY / median
+    times = {line["step"]: datetime.fromisoformat(line["time"]).timestamp() for line in lines}
+    return {
+        step: round((times[step] - times[before]) / (step - before), 4) for before, step in itertools.pairwise(times)
+    }
 
 
 def table(result: dict[str, Any]) -> str:

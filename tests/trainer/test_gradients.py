@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from g4trainer import gradients
+from g4trainer import vram
 from g4trainer.gradients import GradientMean
 from g4trainer.ranks import Ranks
 from g4trainer.rundir import read_json, write_json
@@ -34,7 +34,8 @@ def test_gradients_become_their_mean_and_are_sent_during_the_pass(tmp_path: Path
             first = events.index("sent")
             assert "made" in events[first:], "sums start before the pass has ended"
             assert events.count("sent") == LAYERS + 2
-        assert found["held"] == 2, "of the gradients that are sent after a pass, few are held twice"
+        assert found["held"] == [2] * PASSES, "few gradients are held twice at any time"
+        assert len(found["buffers"]) == 2, "and always in the same memory"
         assert found["after"] == ["made"] * LAYERS, "once closed, it sees nothing"
         assert found["order"] == [*range(LAYERS, 0, -1), 0, LAYERS + 1], "as rank 0 made them"
         assert found["order_resumed"] == found["order"]
@@ -48,7 +49,7 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = Ranks.of_environment()
     ranks.join()
-    gradients.BUCKET_BYTES, gradients.UNDER_WAY = 1, 2  # a bucket for each
+    vram.BUCKET_BYTES, vram.BUCKETS_UNDER_WAY = 1, 2  # a bucket for each
     torch.manual_seed(0)
     chain, lonely, idle = (
         nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(LAYERS)),
@@ -59,14 +60,15 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
     events: list[str] = []
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda _: events.append("made"))
-    found: dict[str, Any] = {"errors": [], "unused": [], "events": [], "held": 0}
+    found: dict[str, Any] = {"errors": [], "unused": [], "events": [], "held": []}
+    buffers: set[int] = set()
     sums = dist.all_reduce
 
     def noted(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         if options.get("async_op"):
             events.append("sent")
-            if not found["events"]:  # in the first pass, which only learns the order
-                found["held"] = max(found["held"], sum(bucket.flat is not None for bucket in mean._buckets))
+            buffers.add(tensor.data_ptr())
+            held.append(1 + sum(bucket.buffer is not None for bucket in mean._buckets))
         return sums(tensor, *arguments, **options)
 
     dist.all_reduce = noted
@@ -74,12 +76,15 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
         for step in range(PASSES):
             own = [gradient_of(parameter, rank, step, chain, lonely) for parameter in parameters]
             events.clear()
+            held: list[int] = []
             for number in (0, 1):
                 if number == 1:
                     mean.begin()
                 loss(rank, step, number, chain, lonely).backward()
             mean.finish()
             found["events"].append(list(events))
+            found["held"].append(max(held))
+            found["buffers"] = sorted(buffers)
             expected = [sum(parts) / 2 for parts in zip(*ranks.gather(own), strict=True)]
             means = [torch.zeros(3, 3) if p.grad is None else p.grad for p in parameters]
             found["errors"].append(max(float((a - b).abs().max()) for a, b in zip(means, expected, strict=True)))

@@ -1,10 +1,11 @@
 """The mean of all ranks' gradients, sent while the backward pass still computes others.
 
-With the 2.1 GB of 31B's LoRA (r=64) sent after the pass, a step of 0.72 s took another 0.21 s on two H200s
-(benchmarks/README.md). Rather than DistributedDataParallel: that would split the compiled layers' graphs at its
+They are copied into a few buffers in turn, which are summed and copied back: no memory is taken while a pass is at
+work, however slow the network. Rather than DistributedDataParallel: that would split the compiled layers' graphs at its
 buckets, and expects every rank to use the same adapters.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,12 +14,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from g4trainer import vram
 from g4trainer.ranks import Ranks
-
-BUCKET_BYTES = 64 * 2**20
-"""Gradients that are sent at once: enough to fill the network, and the last of them, for which all wait, is little."""
-UNDER_WAY = 4
-"""Sums at most, each with a bucket's copy, once the pass has ended: all at once would hold every gradient twice."""
 
 
 class GradientMean:
@@ -39,8 +36,12 @@ class GradientMean:
         self._next = 0
         self._watching = False
         self._hooks: list[Any] = []
+        self._free: list[torch.Tensor] = []
+        self._under_way: deque[_Bucket] = deque()
 
     def __enter__(self) -> Self:
+        if self._ranks.size > 1:
+            self._free = self.buffers()
         if self._early and self._ranks.size > 1:
             self._hooks = [one.register_post_accumulate_grad_hook(self._made) for one in self._parameters]
         return self
@@ -48,6 +49,15 @@ class GradientMean:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._free.clear()
+        self._under_way.clear()
+
+    def buffers(self) -> list[torch.Tensor]:
+        """The memory that it holds from its beginning to its end, where there are several ranks."""
+        sizes, one = [parameter.numel() for parameter in self._parameters], self._parameters[0]
+        size = min(vram.BUCKET_BYTES // one.element_size() + max(sizes), sum(sizes))  # enough in whatever order
+        count = min(vram.BUCKETS_UNDER_WAY, len(self._buckets))
+        return [torch.empty(size, dtype=one.dtype, device=one.device) for _ in range(count)]
 
     def begin(self) -> None:
         """The pass that follows is the last one of an optimizer step. All ranks must call it, and `finish`, alike."""
@@ -63,9 +73,9 @@ class GradientMean:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         while self._next < len(self._buckets):
-            self._receive(self._next + 1 - UNDER_WAY)
             self._send_next()
-        self._receive(len(self._buckets))
+        while self._under_way:
+            self._receive()
         if self._ranks.any(not all(used)):
             for parameter, by in zip(self._parameters, self._ranks.total(*used), strict=True):
                 if not by:
@@ -108,21 +118,21 @@ class GradientMean:
             self._send_what_is_ready()
 
     def _send_what_is_ready(self) -> None:
-        """Starts sums in the order that all ranks have, and takes in what has come."""
+        """Starts sums in the order that all ranks have."""
         while self._next < len(self._buckets) and not self._buckets[self._next].awaited:
             self._send_next()
-            for bucket in self._buckets[: self._next - 1]:
-                if bucket.work is not None and bucket.work.is_completed():
-                    bucket.receive(self._ranks.size)
 
     def _send_next(self) -> None:
-        self._buckets[self._next].send()
+        if not self._free:
+            self._receive()
+        bucket = self._buckets[self._next]
+        bucket.send(self._free.pop())
+        self._under_way.append(bucket)
         self._next += 1
 
-    def _receive(self, count: int) -> None:
-        """Takes in the first so many buckets; the device waits for them, the host does not."""
-        for bucket in self._buckets[: max(0, count)]:
-            bucket.receive(self._ranks.size)
+    def _receive(self) -> None:
+        """Takes in the sum that was sent first; the device waits for it, the host does not."""
+        self._free.append(self._under_way.popleft().receive(self._ranks.size))
 
 
 @dataclass(eq=False)
@@ -132,28 +142,35 @@ class _Bucket:
     """Whose gradients the pass has yet to make."""
     work: Any = None
     """The sum under way."""
-    flat: torch.Tensor | None = None
+    buffer: torch.Tensor | None = None
+    """What that is made in; the bucket may be shorter."""
 
-    def send(self) -> None:
-        self.flat = torch.cat([parameter.grad.reshape(-1) for parameter in self.parameters])
-        self.work = dist.all_reduce(self.flat, async_op=True)
+    def send(self, buffer: torch.Tensor) -> None:
+        gradients = [parameter.grad.reshape(-1) for parameter in self.parameters]
+        flat = buffer[: sum(one.numel() for one in gradients)]
+        torch.cat(gradients, out=flat)
+        self.buffer, self.work = buffer, dist.all_reduce(flat, async_op=True)
 
-    def receive(self, ranks: int) -> None:
-        if self.flat is None:
-            return
+    def receive(self, ranks: int) -> torch.Tensor:
+        """Gives every gradient the mean. Returns the buffer, for another bucket."""
+        buffer = self.buffer
+        if buffer is None:
+            raise ValueError("receive() of a bucket that was not sent")
         self.work.wait()
-        self.flat.div_(ranks)
-        parts = self.flat.split([parameter.numel() for parameter in self.parameters])
+        sizes = [parameter.numel() for parameter in self.parameters]
+        flat = buffer[: sum(sizes)].div_(ranks)
         gradients = [parameter.grad for parameter in self.parameters]
-        torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])
-        self.work = self.flat = None
+        parts = [part.view_as(own) for part, own in zip(flat.split(sizes), gradients, strict=True)]
+        torch._foreach_copy_(gradients, parts)
+        self.work = self.buffer = None
+        return buffer
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[_Bucket]:
     bucket: list[torch.nn.Parameter] = []
     for parameter in parameters:
         bucket.append(parameter)
-        if sum(one.nbytes for one in bucket) >= BUCKET_BYTES:
+        if sum(one.nbytes for one in bucket) >= vram.BUCKET_BYTES:
             yield _Bucket(bucket)
             bucket = []
     if bucket:

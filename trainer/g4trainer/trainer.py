@@ -423,6 +423,10 @@ class RunTrainer(Trainer):
         """The adapters."""
         return iter(self._trained)
 
+    def buffers(self) -> list[torch.Tensor]:
+        """As much memory as training holds for gradients on their way to other ranks."""
+        return self._mean.buffers() if self.ranks.size > 1 else []
+
     def take_samples(self) -> int:
         """Samples of the step that has ended, over all ranks; counting begins again."""
         count, self._samples_of_step = self._samples_of_step, 0

@@ -1,9 +1,9 @@
 """Settings tried on the card before the first step: the plan then rests on what was measured there.
 
 A pass is that of a step: the longest samples, forward and backward, gradients kept from the pass before, as much
-memory taken as the optimizer will and, of several GPUs, as the copies of gradients that are sent. Nothing of it remains
-but compiled layers: gradients are dropped, and every random generator is set back, so that a run's results are the same
-with and without a trial (the tests compare them).
+memory taken as the optimizer will and, of several GPUs, as gradients that are sent. Nothing of it remains but compiled
+layers: gradients are dropped, and every random generator is set back, so that a run's results are the same with and
+without a trial (the tests compare them).
 """
 
 import contextlib
@@ -142,8 +142,8 @@ def _try(
     first = last = 0.0
     short = False
     try:
-        with gauge.watched(plan), trainer.as_in_training(), _room_for_the_optimizer(trainer):
-            first, last = (_timed(trainer, batch, sent=ranks.size > 1) for _ in range(2))
+        with gauge.watched(plan), trainer.as_in_training(), _room_for_the_rest(trainer):
+            first, last = (_timed(trainer, batch) for _ in range(2))
     except torch.OutOfMemoryError:
         short = True
     finally:
@@ -157,37 +157,21 @@ def _try(
 
 
 @contextlib.contextmanager
-def _room_for_the_optimizer(trainer: RunTrainer) -> Iterator[None]:
-    """Takes as much memory as the moments of AdamW, which come with the first step."""
+def _room_for_the_rest(trainer: RunTrainer) -> Iterator[None]:
+    """Takes as much memory as the moments of AdamW, which come with the first step, and as gradients on their way."""
     held = [
         torch.empty(parameter.numel() * ADAM, dtype=torch.uint8, device=parameter.device)
         for parameter in trainer.trained_parameters()
     ]
+    held += trainer.buffers()
     yield
     del held
 
 
-@contextlib.contextmanager
-def _copies_of_gradients(trainer: RunTrainer) -> Iterator[None]:
-    """Takes, as a pass makes a gradient, as much memory again: the host is ahead of the device, so by the end of a
-    pass nearly all sums are still under way (g4trainer.gradients)."""
-    copies: list[torch.Tensor] = []
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda one: copies.append(torch.empty_like(one.grad)))
-        for parameter in trainer.trained_parameters()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _timed(trainer: RunTrainer, batch: dict[str, Any], *, sent: bool) -> float:
-    """Seconds of a pass, all of its work on the device done. sent: whether its gradients go to other GPUs."""
+def _timed(trainer: RunTrainer, batch: dict[str, Any]) -> float:
+    """Seconds of a pass, all of its work on the device done."""
     begun = time.monotonic()
-    with _copies_of_gradients(trainer) if sent else contextlib.nullcontext():
-        trainer.pass_over(batch)
+    trainer.pass_over(batch)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic() - begun

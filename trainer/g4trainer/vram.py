@@ -31,6 +31,11 @@ NF4_TABLES = (16 + 256 + 1) * FP32
 """Of each quantized layer: the two code books, and the mean of its scales."""
 ADAM = 2 * FP32
 """Bytes of AdamW's two moments for each trained parameter."""
+BUCKET_BYTES = 64 * 2**20
+"""Gradients that several GPUs sum at once: enough to fill the network, and the last of them, for which all wait, is
+little."""
+BUCKETS_UNDER_WAY = 4
+"""At most, each in a buffer of its own: the network has work while one is filled and one is taken in."""
 
 EAGER_BELOW_TOKENS = 1024
 """Sequences shorter than this take eager text attention, which is faster there and keeps its scores."""
@@ -206,8 +211,8 @@ def training(model: Model, shape: Shape, step: Step) -> Memory:
     """The peak of an optimizer step: at the end of the forward pass, or in the backward pass of some layer.
 
     Gone through from the last layer to the first: what a layer kept is let go of behind it, and its adapters have
-    gradients; one that is computed again keeps all that it would, while it is at work. Gradients on their way to other
-    GPUs (g4trainer.gradients) are there twice, all of them where the network is slow.
+    gradients; one that is computed again keeps all that it would, while it is at work. Several GPUs hold buffers for
+    gradients on their way (g4trainer.gradients).
     """
     batch, lora = step.micro_batch, model.lora_parameters
     held = {
@@ -223,12 +228,12 @@ def training(model: Model, shape: Shape, step: Step) -> Memory:
     kept["vision"] += batch * shape.patches**2 // model.patches_a_token * BF16  # the matrix that pools patches
     copied = lora - sum(one.layer.adapters for one in layers if one.recomputed)
     made = lora - sum(one.layer.adapters for one in layers)  # whose gradients this pass has made
-    summed_early = model.recipe.job.gpus > 1 and model.shards == 1
+    buffers = min(lora * FP32, BUCKETS_UNDER_WAY * BUCKET_BYTES) if model.recipe.job.gpus > 1 else 0
 
     def moment(name: str, *, logits: int = 0, workspace: int = 0) -> Memory:
         parts = {
             **held,
-            "gradients": ((lora if step.accumulates else made) + (made if summed_early else 0)) * FP32,
+            "gradients": (lora if step.accumulates else made) * FP32 + buffers,
             "bf16 copies of LoRA": copied * BF16,
             "activations, text": kept["text"],
             "activations, vision": kept["vision"],
