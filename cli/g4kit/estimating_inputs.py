@@ -12,7 +12,7 @@ from g4kit.estimating import Estimate, estimate, expected_samples, read_config, 
 from g4kit.machine import of_accelerator, this_machine
 from g4kit.pricing import REGION, Table, Wanted, find_prices, missing_prices, price_table
 from g4kit.variables import DEPLOYMENT
-from g4trainer.limits import ACCELERATORS
+from g4trainer.limits import ACCELERATORS, machine_type, smallest_machine
 from g4trainer.planner import with_changes
 from g4trainer.recipe import Recipe, RecipeError, load_recipe
 
@@ -91,15 +91,30 @@ def what_is_priced(recipe: Recipe, job: "GpuJob | None", region: str) -> Wanted:
 def compare_cards(
     bucket: Bucket, recipe: Recipe, *, table: Table | None = None, region: str = REGION
 ) -> list[tuple[str, Estimate]]:
-    """For every accelerator that can have as many GPUs as the recipe asks for, by name, at the prices of one region."""
+    """For every accelerator that can be had with as many GPUs as the recipe asks for, at the prices of one region."""
     config, samples = read_config(bucket, recipe), expected_samples(recipe, read_rows(bucket, recipe))
     table = table or price_table()
-    names = [name for name, gpu in ACCELERATORS.items() if recipe.job.gpus == 1 or "vertex" in gpu.platforms]
     found = []
-    for name in names:
+    for name in filter(lambda name: _can_be_had(name, recipe), ACCELERATORS):
         changed = with_changes(recipe, [f'job.accelerator="{name}"'])
         wanted = what_is_priced(changed, None, region)
         prices, problem = find_prices(wanted, table), missing_prices(wanted, table)
         card = of_accelerator(name)
         found.append((name, estimate(changed, config, card, prices=prices, price_problem=problem, samples=samples)))
     return found
+
+
+def not_compared(recipe: Recipe) -> list[str]:
+    """A line for each accelerator that `compare_cards` leaves out: what to ask for to have it."""
+    machines = {name: smallest_machine(name) for name in ACCELERATORS if not _can_be_had(name, recipe)}
+    return [
+        f"{name}: a machine has {machine.gpus} of them or more; compare them by --set job.gpus={machine.gpus}"
+        for name, machine in machines.items()
+        if machine and machine.gpus > recipe.job.gpus
+    ]
+
+
+def _can_be_had(accelerator: str, recipe: Recipe) -> bool:
+    """Whether a machine has as many of these GPUs as the recipe asks for on a host."""
+    job, platforms = recipe.job, ACCELERATORS[accelerator].platforms
+    return (job.gpus == 1 and "cloudrun" in platforms) or machine_type(accelerator, job.gpus // job.hosts) is not None

@@ -112,11 +112,20 @@ def test_compare_shows_every_card(bare: Bench) -> None:
     result = bare("estimate", PETS, "--compare")
     assert result.exit_code == 0
     rows = {line.split()[0]: line for line in result.stdout.splitlines()[1:]}
-    assert set(rows) == set(ACCELERATORS)
+    by_the_eight = {"nvidia-h100-mega-80gb", "nvidia-h200-141gb", "nvidia-b200"}
+    assert set(rows) == set(ACCELERATORS) - by_the_eight
+    for name in by_the_eight:
+        assert f"{name}: a machine has 8 of them or more; compare them by --set job.gpus=8\n" in result.stderr
     assert " no " in rows["nvidia-l4"]
     assert "4 x 2, none" in rows["nvidia-rtx-pro-6000"]
     documents = json.loads(bare("estimate", PETS, "--compare", "--json").stdout)
     assert [name for name, found in documents.items() if found["cost_usd"]] == ["nvidia-rtx-pro-6000"]
+    eight = ("--set", "job.gpus=8", "--set", "job.accelerator=nvidia-h200-141gb")
+    hosts = bare("estimate", PETS, "--compare", *eight)
+    assert {line.split()[0] for line in hosts.stdout.splitlines()[1:]} == {
+        name for name, gpu in ACCELERATORS.items() if "vertex" in gpu.platforms
+    }
+    assert "compare them" not in hosts.stderr
 
 
 def test_this_machine_costs_nothing(g4kit: Bench) -> None:

@@ -74,7 +74,7 @@ def test_wait_gives_up_without_progress(g4kit: Bench, code: int, state: str) -> 
     assert len(executions(g4kit, run_id)) == 1
     assert claims(g4kit, run_id) == 2
     assert f"g4kit resume {run_id}" in result.stderr
-    assert ("  | g4kit: attempt 1 ended with exit code 1\n" in result.stderr) is (state == "failed")
+    assert ("  | g4kit: attempt 2 ended with exit code 1\n" in result.stderr) is (state == "failed")
     assert json.loads(g4kit("runs", run_id, "--json").stdout)["state"] == state
 
 

@@ -51,7 +51,7 @@ def test_from_staging_to_fetching(staged: Call, google: FakeGoogleCloud, tmp_pat
     assert (view["state"], view["target"], view["execution"]) == ("succeeded", "cloudrun", execution)
     log = staged("logs", run_id).stdout.splitlines()
     assert [line for line in log if line.startswith("step ")] == [f"step {step} of {run_id}" for step in range(1, 11)]
-    assert "g4kit: attempt 0 ended with exit code 75" in log
+    assert "g4kit: attempt 1 ended with exit code 75" in log
     fetched = staged("fetch", run_id)
     assert fetched.exit_code == 0, fetched.stderr
     there = google.mount / "runs" / run_id / "adapter" / "adapter_model.safetensors"
@@ -177,8 +177,8 @@ def test_a_sweep_is_one_execution_whose_tasks_are_retried_alone(
     assert (view["best"]["run_id"], view["best"]["by"]) == ("s1-02", "validation loss")
     log = staged("logs", "s1", "--task", "1").stdout.splitlines()
     assert [line for line in log if line.startswith("g4kit: attempt")] == [
-        "g4kit: attempt 0 ended with exit code 137",
-        "g4kit: attempt 1 ended with exit code 0",
+        "g4kit: attempt 1 ended with exit code 137",
+        "g4kit: attempt 2 ended with exit code 0",
     ]
     assert not (google.mount / "runs" / "s1").exists(), "what belongs to the launch lies with the sweep"
     assert staged("fetch", "s1-02").exit_code == 0

@@ -53,8 +53,8 @@ def test_the_result_is_the_local_targets(
     killer.join(1)
     assert len(google.run.names) == 1
     log = CliRunner().invoke(cli, ["logs", results["cloudrun"]["run_id"], "--target", "cloudrun"]).stdout
-    assert "g4kit: attempt 0 ended with exit code 137" in log
-    assert "g4kit: attempt 1 ended with exit code 0" in log
+    assert "g4kit: attempt 1 ended with exit code 137" in log
+    assert "g4kit: attempt 2 ended with exit code 0" in log
     for part in ("baseline", "final"):
         assert results["cloudrun"][part] == results["local"][part]
     weights = "adapter/adapter_model.safetensors"

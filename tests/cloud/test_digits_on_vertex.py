@@ -65,7 +65,7 @@ def test_two_hosts_that_are_lost_once_finish_the_run(
     assert results["train"]["steps"] == 6
     attempts = json.loads(next(google.mount.glob(f"runs/{run_id}/launches/*.attempts.json")).read_text())["attempts"]
     assert [attempt["exit_code"] for attempt in attempts] == [None, 0]
-    assert "g4kit: attempt 1 ended with exit code 0" in call("logs", run_id).stdout
+    assert "g4kit: attempt 2 ended with exit code 0" in call("logs", run_id).stdout
 
 
 def call(*arguments: str) -> Result:

@@ -123,7 +123,7 @@ def test_sigterm_lets_the_attempt_stop_itself_and_no_other_follows(tmp_path: Pat
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=20)
-    assert (process.returncode, said) == (75, "stopping\ng4kit: attempt 0 ended with exit code 75: cancelled\n")
+    assert (process.returncode, said) == (75, "stopping\ng4kit: attempt 1 ended with exit code 75: cancelled\n")
     [attempt] = noted(tmp_path)
     assert (attempt["exit_code"], attempt["ended_by"]) == (75, "cancelled")
 

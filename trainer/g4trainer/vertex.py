@@ -175,7 +175,7 @@ class Attempts:
         number = len(self._noted)
         while not self._stopped:
             code, why = self._make(number)
-            print(f"g4kit: attempt {number} ended with exit code {code}" + (why and f": {why}"), flush=True)
+            print(f"g4kit: attempt {number + 1} ended with exit code {code}" + (why and f": {why}"), flush=True)
             number += 1
             if code == 0 or (self.host.leads and (code in FINAL or number >= self.most)):
                 break

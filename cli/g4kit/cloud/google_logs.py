@@ -96,5 +96,5 @@ def _line(entry: Any) -> LogLine:
     text = entry.payload if isinstance(entry.payload, str) else "" if entry.payload is None else str(entry.payload)
     if entry.log_name.endswith(SYSTEM):
         ended = EXIT.match(text)
-        text = f"g4kit: attempt {attempt} ended with exit code {ended[1]}" if ended else f"g4kit: Cloud Run: {text}"
+        text = f"g4kit: attempt {attempt + 1} ended with exit code {ended[1]}" if ended else f"g4kit: Cloud Run: {text}"
     return LogLine(entry.timestamp, text, int(labels.get(f"{LABEL}/task_index", 0)), attempt)

@@ -171,7 +171,7 @@ class Supervisor:
         pump.join(PUMP_GRACE_S)
         exit_code = process.returncode if process.returncode >= 0 else 128 - process.returncode
         self.log.write(
-            task, attempt, f"g4kit: attempt {attempt} ended with exit code {exit_code}" + (why and f": {why}")
+            task, attempt, f"g4kit: attempt {attempt + 1} ended with exit code {exit_code}" + (why and f": {why}")
         )
         return exit_code, why
 

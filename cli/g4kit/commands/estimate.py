@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from g4kit.options import json_option, price_table_option, target_option
-from g4kit.output import print_data, print_json, terminal_columns
+from g4kit.output import print_data, print_json, say, terminal_columns
 from g4kit.targets import open_cloud
 
 
@@ -37,7 +37,7 @@ def command(
       g4kit estimate recipes/oxford-pets-e4b.toml --compare
     """
     from g4kit import estimate_text, pricing
-    from g4kit.estimating_inputs import compare_cards, estimate_for, load, region_of
+    from g4kit.estimating_inputs import compare_cards, estimate_for, load, not_compared, region_of
 
     asked = load(recipe, overrides)
     table = pricing.price_table(price_table)
@@ -48,6 +48,8 @@ def command(
             print_json({name: found.to_json() for name, found in estimates})
         else:
             print_data(estimate_text.comparison(estimates))
+            for line in not_compared(asked):
+                say(line)
         sys.exit(0 if any(found.fits for _, found in estimates) else 1)
     where = target or (cloud.target if cloud.target != "local" else None)
     found = estimate_for(cloud.bucket, asked, target=where, table=table, region=region)
