@@ -115,8 +115,10 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     differences = {f"{other} and one card": difference(losses[other], losses["one card"]) for other in list(losses)[1:]}
     if {"resumed on 1", "resumed on 2"} <= losses.keys():
         differences["resumed on 2 and on 1"] = difference(losses["resumed on 2"], losses["resumed on 1"])
-    speed = {"one card": samples_a_second(one), "two cards": samples_a_second(two)}
+    alone, together = samples_a_second(one), samples_a_second(two)
+    speed = {"one card": alone, "two cards": together}
     problems = [f"{name}: exit code {part['exit_code']}" for name, part in parts.items() if not part["as_expected"]]
+    problems += [f"{name}: no step was timed" for name, value in speed.items() if value is None]
     problems += [f"losses of {name}: differ by {by:.2g}" for name, by in differences.items() if by > options.tolerance]
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -124,9 +126,9 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         "text_layers": options.layers,
         "tiny": options.tiny,
         "sharded": options.sharded,
-        "samples_per_second": {name: round(value, 3) for name, value in speed.items()},
+        "samples_per_second": speed,
         "seconds_a_step": {"one card": step_seconds(one), "two cards": step_seconds(two)},
-        "speedup": round(speed["two cards"] / speed["one card"], 3),
+        "speedup": round(together / alone, 3) if alone and together else None,
         "largest_relative_difference_of_a_loss": {name: float(f"{by:.3g}") for name, by in differences.items()},
         "peak_memory_gib": {
             name: round(read_json(path)["train"]["peak_memory_bytes"] / 2**30, 2)
@@ -213,8 +215,8 @@ def start(run: RunDir, cards: int, options: argparse.Namespace, **environment: s
     if not as_expected:
         print(text[-6000:], file=sys.stderr)
     ended = {"exit_code": code, "as_expected": as_expected, "seconds": round(time.monotonic() - begun, 1)}
-    print(f"{run.path.name} on {cards}: {ended}; {samples_a_second(run):.2f} samples/s", flush=True)
-    print(json.dumps({"losses": losses_of(run), "seconds a step": step_seconds(run)}), flush=True)
+    print(f"{run.path.name} on {cards}: {ended}", flush=True)
+    print(json.dumps({"losses": losses_of(run), "seconds a step, first attempt": step_seconds(run)}), flush=True)
     return ended
 
 
@@ -244,16 +246,16 @@ def difference(losses: dict[int, float], reference: dict[int, float]) -> float:
     return max((abs(losses[step] - reference[step]) / abs(reference[step]) for step in common), default=float("inf"))
 
 
-def samples_a_second(run: RunDir) -> float:
-    """By the median time of the warm steps before the first checkpoint, of the first attempt."""
-    return EFFECTIVE_BATCH / statistics.median(
-        seconds for step, seconds in step_seconds(run).items() if WARM_STEPS < step <= SAVED_AT
-    )
+def samples_a_second(run: RunDir) -> float | None:
+    """By the median of the first attempt's warm steps before its first checkpoint; None where it had none."""
+    timed = [seconds for step, seconds in step_seconds(run).items() if WARM_STEPS < step <= SAVED_AT]
+    return round(EFFECTIVE_BATCH / statistics.median(timed), 3) if timed else None
 
 
 def step_seconds(run: RunDir) -> dict[int, float]:
     """Seconds a step of the first attempt, the mean of those up to the one that is named."""
-    lines = [json.loads(line) for line in (run.metrics / "0001.jsonl").read_bytes().splitlines()]
+    path = run.metrics / "0001.jsonl"
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     times = {line["step"]: datetime.fromisoformat(line["time"]).timestamp() for line in lines}
     return {
         step: round((times[step] - times[before]) / (step - before), 4) for before, step in itertools.pairwise(times)
@@ -263,8 +265,8 @@ def step_seconds(run: RunDir) -> dict[int, float]:
 def table(result: dict[str, Any]) -> str:
     speed = result["samples_per_second"]
     rows = [f"{result['device']}, torch {result['torch']}, {result['text_layers']} text layers", ""]
-    rows += [f"{name:<32}{value:>10.2f} samples/s" for name, value in speed.items()]
-    rows += [f"{'speedup':<32}{result['speedup']:>10.2f}", ""]
+    rows += [f"{name:<32}{value or '-':>10} samples/s" for name, value in speed.items()]
+    rows += [f"{'speedup':<32}{result['speedup'] or '-':>10}", ""]
     rows += [f"{name:<32}{gib:>10.2f} GiB at most on a card" for name, gib in result["peak_memory_gib"].items()]
     rows += [""]
     rows += [

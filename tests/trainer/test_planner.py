@@ -133,20 +133,20 @@ def time(settings: Recipe, size: gemma.Size = "31B", card: str = "nvidia-h200-14
 def test_the_time_of_a_run_is_the_sum_of_its_phases() -> None:
     found = time(recipe(job={"timeout_s": 86400}))
     assert list(found.phases) == ["load", "baseline", "train", "checkpoints", "final", "retries"]
-    assert found.phases["train"] == pytest.approx(3 * 3680 * 0.193, rel=0.1)  # as a run was measured
+    assert found.phases["train"] == pytest.approx(3 * 3680 * 0.175, rel=0.1)  # as a run was measured
     assert found.low < found.total < found.high
     assert (found.slices, found.phases["retries"], found.calibrated) == (1, 0, True)
     assert time(recipe(evaluation={"baseline": False})).phases["baseline"] == 0
 
 
 def test_an_answer_takes_what_was_measured_and_a_chats_more() -> None:
-    """0.0918 s in batches of 128, seven tokens and the end of the turn."""
+    """0.0918 and 0.0965 s in batches of 128, seven tokens and the end of the turn."""
 
     def seconds(settings: Recipe) -> float:
         model = vram.Model(settings, gemma.true_config("31B"))
         return timing.answer_seconds(model, model.shape(238), timing.CARDS[timing.CALIBRATED_ON], batch=128)
 
-    assert seconds(recipe()) == pytest.approx(0.0918, rel=0.05)
+    assert seconds(recipe()) == pytest.approx(0.094, rel=0.05)
     chat = seconds(recipe(data={"task": "chat"}))
     assert chat > 4 * seconds(recipe())
     assert seconds(recipe(data={"task": "chat"}, evaluation={"max_new_tokens": 10})) == seconds(recipe())

@@ -178,9 +178,11 @@ def test_a_run_is_the_same_with_and_without_a_trial(finished: Path, attempt: Cal
 
 
 def test_where_memory_runs_out_passes_get_smaller_and_leave_nothing_behind(
-    tiny_folder: Callable[[Any], Path], tmp_path: Path
+    tiny_folder: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, card = adapted_model(tiny_folder("E2B")), Card(8 * GIB, {2: GIB})
+    room_for_gradients = Mock(return_value=[])
+    monkeypatch.setattr(RunTrainer, "new_buffers", room_for_gradients)
     recipe = parse_recipe(
         {"name": "r", "model": {"id": "m", "max_soft_tokens": 70}, "data": {"dataset": "d"}}, source="test"
     )
@@ -213,6 +215,7 @@ def test_where_memory_runs_out_passes_get_smaller_and_leave_nothing_behind(
         check=lambda: None,
     )
     assert [one.per_device_train_batch_size for one in card.plans] == [8, 4, 2]
+    assert room_for_gradients.call_count == 3, "a pass leaves room for those that are sent to other ranks"
     assert (kept.per_device_train_batch_size, kept.gradient_accumulation_steps) == (2, 4)
     assert kept.activation_checkpointing == "full"
     assert [one["peak_bytes"] for one in kept.trial] == [None, None, GIB]

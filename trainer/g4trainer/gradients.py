@@ -30,6 +30,8 @@ class GradientMean:
         be in the same order among these sums on all ranks, and is not where they use other adapters.
         """
         self._parameters, self._ranks, self._early = list(parameters), ranks, early
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self._buffers, self._numbers = vram.gradient_buffers(sum(sizes), max(sizes, default=0))
         self._fill(self._parameters)
         self._order: list[torch.nn.Parameter] = []
         self._learned = False
@@ -40,8 +42,7 @@ class GradientMean:
         self._under_way: deque[_Bucket] = deque()
 
     def __enter__(self) -> Self:
-        if self._ranks.size > 1:
-            self._free = self.buffers()
+        self._free = self.new_buffers()
         if self._early and self._ranks.size > 1:
             self._hooks = [one.register_post_accumulate_grad_hook(self._made) for one in self._parameters]
         return self
@@ -49,15 +50,18 @@ class GradientMean:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._free.clear()
+        self._watching = False
+        for bucket in self._under_way:  # of a pass that broke off
+            bucket.buffer = bucket.work = None
         self._under_way.clear()
+        self._free.clear()
 
-    def buffers(self) -> list[torch.Tensor]:
-        """The memory that it holds from its beginning to its end, where there are several ranks."""
-        sizes, one = [parameter.numel() for parameter in self._parameters], self._parameters[0]
-        size = min(vram.BUCKET_BYTES // one.element_size() + max(sizes), sum(sizes))  # enough in whatever order
-        count = min(vram.BUCKETS_UNDER_WAY, len(self._buckets))
-        return [torch.empty(size, dtype=one.dtype, device=one.device) for _ in range(count)]
+    def new_buffers(self) -> list[torch.Tensor]:
+        """As much memory as it holds between its beginning and its end; none for one rank."""
+        if self._ranks.size == 1:
+            return []
+        one = self._parameters[0]
+        return [torch.empty(self._numbers, dtype=one.dtype, device=one.device) for _ in range(self._buffers)]
 
     def begin(self) -> None:
         """The pass that follows is the last one of an optimizer step. All ranks must call it, and `finish`, alike."""
@@ -104,7 +108,7 @@ class GradientMean:
         self.follow([*order, *sorted(set(numbers.values()) - set(order))])
 
     def _fill(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self._buckets = list(_buckets(parameters))
+        self._buckets = list(_buckets(parameters, self._numbers))
         self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
 
     def _made(self, parameter: torch.nn.Parameter) -> None:
@@ -166,12 +170,15 @@ class _Bucket:
         return buffer
 
 
-def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[_Bucket]:
+def _buckets(parameters: Sequence[torch.nn.Parameter], numbers: int) -> Iterator[_Bucket]:
+    """In their order, each with as many as have `numbers` gradients or fewer."""
     bucket: list[torch.nn.Parameter] = []
+    count = 0
     for parameter in parameters:
-        bucket.append(parameter)
-        if sum(one.nbytes for one in bucket) >= vram.BUCKET_BYTES:
+        if bucket and count + parameter.numel() > numbers:
             yield _Bucket(bucket)
-            bucket = []
+            bucket, count = [], 0
+        bucket.append(parameter)
+        count += parameter.numel()
     if bucket:
         yield _Bucket(bucket)

@@ -32,6 +32,13 @@ def lora_parameters(facts: ModelFacts, settings: Lora) -> int:
     return settings.r * (linears + experts)
 
 
+def largest_adapter(facts: ModelFacts, settings: Lora) -> int:
+    """Parameters of the largest tensor among those."""
+    linears = [max(one.inputs, one.outputs) for one in adapted_linears(facts, settings)]
+    experts = [one.experts * max(one.inputs, one.outputs) for one in adapted_experts(facts, settings)]
+    return settings.r * max([*linears, *experts], default=0)
+
+
 def problems(settings: Lora, *, modules: Collection[str], expert_weights: Collection[str]) -> list[str]:
     """What a model does not have of what a recipe names, each with what to write; empty where all is there.
 

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from g4trainer.vram import BUCKET_BYTES
+
 PATIENCE = datetime.timedelta(days=7)
 """How long a rank waits for the others: rank 0 may write for minutes, and who died is found out by the lifeline."""
-CONNECTING_BYTES = 64 * 2**20
-"""Of a first sum: as large as a bucket of gradients, for NCCL connects each of its ways of summing when it takes it."""
 MESSAGE_BYTES = 256 * 2**20
 
 T = TypeVar("T")
@@ -69,7 +69,8 @@ class Ranks:
         much is free. Where one rank died the others wait here, until the lifeline ends them."""
         if self.size == 1 or device.type != "cuda":
             return
-        dist.all_reduce(torch.zeros(CONNECTING_BYTES // torch.float32.itemsize, device=device))
+        # As large as a bucket of gradients, for NCCL connects each of its ways of summing when it takes it.
+        dist.all_reduce(torch.zeros(BUCKET_BYTES // torch.float32.itemsize, device=device))
         dist.broadcast(torch.zeros(1, device=device), src=0)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -64,7 +64,7 @@ loaded at 1.29 beside an H200: the bucket sets the pace."""
 WRITE_GIB_S = 0.3
 """To the mounted bucket. An assumption."""
 START_S = 60.0
-"""Container, imports, data and the first compilation of each layer: 40 s of it measured on an H200."""
+"""Container, imports, data and the first compilation of each layer: 38 to 49 s of it measured beside an H200."""
 CHECKPOINT_EVERY_S = 300.0
 CLOSING_S = 45.0
 """What an attempt leaves of its timeout: the safety margin of g4trainer.deadline and a last checkpoint."""

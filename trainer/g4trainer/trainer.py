@@ -423,9 +423,9 @@ class RunTrainer(Trainer):
         """The adapters."""
         return iter(self._trained)
 
-    def buffers(self) -> list[torch.Tensor]:
+    def new_buffers(self) -> list[torch.Tensor]:
         """As much memory as training holds for gradients on their way to other ranks."""
-        return self._mean.buffers() if self.ranks.size > 1 else []
+        return self._mean.new_buffers()
 
     def take_samples(self) -> int:
         """Samples of the step that has ended, over all ranks; counting begins again."""

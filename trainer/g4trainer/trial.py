@@ -163,7 +163,7 @@ def _room_for_the_rest(trainer: RunTrainer) -> Iterator[None]:
         torch.empty(parameter.numel() * ADAM, dtype=torch.uint8, device=parameter.device)
         for parameter in trainer.trained_parameters()
     ]
-    held += trainer.buffers()
+    held += trainer.new_buffers()
     yield
     del held
 

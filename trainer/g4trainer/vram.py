@@ -5,6 +5,7 @@ are counted too, tensor by tensor that the compiler keeps of a layer for its bac
 layer by layer; `python -m g4trainer.calibration` prints the model's error on what was measured.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ class Model:
         self.adapted = lora_targets.adapted_linears(self.facts, recipe.lora)
         self.adapted_experts = lora_targets.adapted_experts(self.facts, recipe.lora)
         self.lora_parameters = lora_targets.lora_parameters(self.facts, recipe.lora)
+        self.largest_adapter = lora_targets.largest_adapter(self.facts, recipe.lora)
         kept = self.facts.parameters - sum(one.parameters for one in self.quantized)
         on_host = recipe.model.per_layer_embeddings == "host" and shards == 1  # "auto": see planner.for_card
         self.host_bytes = self.facts.per_layer_embedding_parameters * number_bytes if on_host else 0
@@ -228,12 +230,12 @@ def training(model: Model, shape: Shape, step: Step) -> Memory:
     kept["vision"] += batch * shape.patches**2 // model.patches_a_token * BF16  # the matrix that pools patches
     copied = lora - sum(one.layer.adapters for one in layers if one.recomputed)
     made = lora - sum(one.layer.adapters for one in layers)  # whose gradients this pass has made
-    buffers = min(lora * FP32, BUCKETS_UNDER_WAY * BUCKET_BYTES) if model.recipe.job.gpus > 1 else 0
+    buffers = math.prod(gradient_buffers(lora, model.largest_adapter)) if model.recipe.job.gpus > 1 else 0
 
     def moment(name: str, *, logits: int = 0, workspace: int = 0) -> Memory:
         parts = {
             **held,
-            "gradients": (lora if step.accumulates else made) * FP32 + buffers,
+            "gradients": ((lora if step.accumulates else made) + buffers) * FP32,
             "bf16 copies of LoRA": copied * BF16,
             "activations, text": kept["text"],
             "activations, vision": kept["vision"],
@@ -253,6 +255,15 @@ def training(model: Model, shape: Shape, step: Step) -> Memory:
         copied -= 0 if one.recomputed else one.layer.adapters
         made += one.layer.adapters
     return peak
+
+
+def gradient_buffers(parameters: int, largest: int) -> tuple[int, int]:
+    """How many buffers each of several GPUs holds for gradients on their way, and for how many numbers each.
+
+    parameters: that are trained. largest: of them in one tensor.
+    """
+    size = min(max(BUCKET_BYTES // FP32, largest), parameters)
+    return min(BUCKETS_UNDER_WAY, math.ceil(parameters / size)) if size else 0, size
 
 
 def kept_by_layers(model: Model, shape: Shape, step: Step) -> int:
