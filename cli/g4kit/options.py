@@ -35,6 +35,9 @@ class RunId(click.ParamType[str]):
 
 
 run_id_argument = click.argument("run_id", metavar="ID", type=RunId())
+overrides_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one value of the recipe."
+)
 target_option = click.option(
     "--target",
     envvar="G4KIT_TARGET",

@@ -45,6 +45,19 @@ def test_what_does_not_fit_fails_whatever_the_checks_say(bare: Bench, environ: d
     assert bare("preflight", PETS, env={"G4KIT_TRAINER": environ["G4KIT_TRAINER"][:-1] + "2"}).exit_code == 2
 
 
+def test_values_are_replaced_for_the_checks_and_the_estimate(bare: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    shows = bare.folder / "shows.py"
+    shows.write_text("import sys\nprint(*sys.argv[1:])\n")
+    trainer = {"G4KIT_TRAINER": f"{sys.executable} {shows}"}
+    stated = ("--set", "job.accelerator=nvidia-l4", "--set", "lora.r=32")
+    told = bare("preflight", PETS, *stated, env=trainer)
+    assert told.exit_code == 1, "the estimate's: it does not fit"
+    assert "does not fit" in told.stderr
+    assert f"--recipe {PETS} {' '.join(stated)} --samples 8" in capfd.readouterr().out
+    refused = bare("preflight", "31B", "--set", "lora.r=8", env=trainer)
+    assert (refused.exit_code, "--set: replaces values of a recipe, and 31B is none" in refused.stderr) == (2, True)
+
+
 def test_a_size_or_an_unknown_model_has_no_estimate(bare: Bench, environ: dict[str, str]) -> None:
     assert bare("preflight", "31B", env=environ).stderr == ""
     told = bare("preflight", bare.recipe, env=environ)  # its model is not staged

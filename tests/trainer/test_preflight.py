@@ -223,6 +223,9 @@ def test_the_verb_prints_json_and_exits_with_1_where_a_check_fails(
     document = json.loads(capsys.readouterr().out)
     assert document["passed"] is True
     assert document["samples"][0]["supervised"] == "zero<turn|>"
+    assert main([*arguments, "--set", 'lora.target_modules=["q_proj"]']) == 1
+    failed = [one for one in json.loads(capsys.readouterr().out)["checks"] if one["state"] == "failed"]
+    assert failed[0]["name"] == "LoRA targets"
     _template("")(root)
     assert main(arguments) == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False
@@ -234,6 +237,8 @@ def test_the_verb_prints_json_and_exits_with_1_where_a_check_fails(
         ([], "preflight: write a PATH or --recipe RECIPE"),
         (["31B", "--recipe", "x.toml"], "preflight: write a PATH or --recipe RECIPE"),
         (["31B", "--samples", "0"], "--samples of at least 1"),
+        (["31B", "--set", "lora.r=8"], "--set replaces values of a recipe"),
+        (["--recipe", "nowhere.toml", "--set", "lora.r"], "nowhere.toml"),
         (["nowhere"], "nowhere: no config.json, so it is no staged model"),
         (["--recipe", "nowhere.toml"], "nowhere.toml"),
     ],

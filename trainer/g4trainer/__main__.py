@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     preflight = verbs.add_parser("preflight", help="check LoRA targets, token alignment, template and processor")
     preflight.add_argument("path", nargs="?", help="a run directory, a model folder, or a size: E2B, E4B, 26B-A4B, 31B")
     preflight.add_argument("--recipe", type=Path, help="a recipe; what it names is looked for under $G4KIT_ROOT")
+    preflight.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace one value of it")
     preflight.add_argument("--json", action="store_true", help="print one JSON document")
     preflight.add_argument("--samples", type=int, default=8, help="training samples whose tokens are checked")
     preflight.set_defaults(verb=_preflight)
@@ -221,6 +222,8 @@ def _indices(text: str) -> list[int]:
 def _preflight(options: argparse.Namespace) -> int:
     if (options.path is None) == (options.recipe is None) or options.samples < 1:
         return _usage("preflight: write a PATH or --recipe RECIPE, and --samples of at least 1.")
+    if options.set and options.recipe is None:
+        return _usage("preflight: --set replaces values of a recipe; write --recipe RECIPE, or leave it out.")
     from g4trainer.exits import ModelError
     from g4trainer.recipe import RecipeError, load_frozen, load_recipe
     from g4trainer.rundir import RunDir
@@ -233,7 +236,7 @@ def _preflight(options: argparse.Namespace) -> int:
     try:
         if options.recipe is not None:
             root = Path(os.environ.get("G4KIT_ROOT") or ".g4kit")
-            subject = preflight.subject_of_recipe(load_recipe(options.recipe), root)
+            subject = preflight.subject_of_recipe(load_recipe(options.recipe, options.set), root)
         elif options.path in preflight.SIZES:
             subject = preflight.subject_of_size(options.path)
         elif (path / "recipe.json").is_file():

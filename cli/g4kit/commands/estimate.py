@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from g4kit.options import json_option, price_table_option, target_option
+from g4kit.options import json_option, overrides_option, price_table_option, target_option
 from g4kit.output import print_data, print_json, say, terminal_columns
 from g4kit.targets import open_cloud
 
 
 @click.command("estimate", short_help="Say what a run will take of memory, time and money.")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one value of the recipe.")
+@overrides_option
 @click.option("--compare", is_flag=True, help="Every card side by side, instead of the recipe's alone.")
 @click.option("--region", help="Whose prices count. Default: the deployment's, or without one us-central1.")
 @price_table_option

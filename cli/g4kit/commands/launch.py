@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from g4kit.options import RunId, json_option, price_table_option, target_option, yes_option
+from g4kit.options import RunId, json_option, overrides_option, price_table_option, target_option, yes_option
 from g4kit.output import print_data, print_json, say, terminal_columns
 from g4kit.targets import open_cloud
 
@@ -12,7 +12,7 @@ from g4kit.targets import open_cloud
 @click.command("launch", short_help="Start a fine-tuning run from a recipe.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--id", "run_id", type=RunId(), help="Run id. With one that is there: returns that run, or starts it.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one value of the recipe.")
+@overrides_option
 @click.option("--wait", is_flag=True, help="Follow to the end; exit with the trainer's code.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
 @yes_option

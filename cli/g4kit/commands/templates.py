@@ -3,7 +3,7 @@ from typing import Any
 
 import click
 
-from g4kit.options import target_option
+from g4kit.options import overrides_option, target_option
 from g4kit.output import print_data, say
 from g4kit.targets import open_cloud
 
@@ -11,7 +11,7 @@ from g4kit.targets import open_cloud
 @click.command("templates", short_help="Write a recipe's configuration files, for use without this command line.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the files.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one value of the recipe.")
+@overrides_option
 @click.option("--project", help="Google Cloud project. Left out, the file says PROJECT_ID.")
 @click.option("--region", help="Cloud Run region. Default: us-central1.")
 @click.option("--bucket", help="Bucket that the job mounts. Left out, the file says BUCKET.")
