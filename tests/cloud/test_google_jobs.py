@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from fakes.google_cloud import QUICK, FakeGoogleCloud
 from g4kit.cloud import google_jobs
 from g4kit.cloud.base import ExecutionState, JobRequest, JobStartError, Task
 from g4kit.cloud.google import GoogleCloud
+from g4kit.errors import UserError
 
 RUN = "^POST .*:run"
 
@@ -92,6 +94,29 @@ def test_waiting_for_a_gpu_is_pending_and_can_be_cancelled(google: FakeGoogleClo
     assert wait(cloud, started.name).state is ExecutionState.CANCELLED
 
 
+def test_an_execution_that_ends_before_the_cancel_arrives_has_ended(
+    cloud: GoogleCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = cloud.jobs.run(request("sleep:60"))
+    read = cloud.jobs._read
+    as_it_was = [read(started.name)]
+    cloud.jobs.cancel(started.name)
+    ended = wait(cloud, started.name)
+    monkeypatch.setattr(cloud.jobs, "_read", lambda name: as_it_was.pop() if as_it_was else read(name))
+    cloud.jobs.cancel(started.name)
+    assert (cloud.jobs.get(started.name), as_it_was) == (ended, [])
+
+
+def test_a_cancel_that_is_refused_is_told(cloud: GoogleCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = cloud.jobs.run(request("sleep:60"))
+    as_it_was = cloud.jobs._read(started.name)
+    cloud.jobs.cancel(started.name)
+    wait(cloud, started.name)
+    monkeypatch.setattr(cloud.jobs, "_read", lambda name: as_it_was)
+    with pytest.raises(UserError, match="cannot be cancelled"):
+        cloud.jobs.cancel(started.name)
+
+
 def test_asking_whether_a_job_can_run_starts_nothing(google: FakeGoogleCloud, cloud: GoogleCloud) -> None:
     assert cloud.jobs.problems(request("print:x")) == []
     [no_gpu] = cloud.jobs.problems(request(accelerator="nvidia-h100"))
@@ -116,7 +141,8 @@ def test_an_execution_carries_its_own_limit_and_no_other_job_is_touched(
     assert own == ["G4KIT_ATTEMPT_TIMEOUT_S=77", f"G4KIT_ROOT={google.mount}"]
     document = google.run.started(started.name)
     assert document is not None
-    assert json.dumps(document.template).count("77") == 2  # the limit itself, and what tells the trainer of it
+    limits = re.findall(r'"(77s?)"', json.dumps(document.template))
+    assert sorted(limits) == ["77", "77s"], "what tells the trainer of it, and the limit itself"
     assert started.name.startswith("g4kit-l4-")
 
 

@@ -218,8 +218,11 @@ class FakeRun:
             return error(404, f"Resource '{parts['execution']}' of kind 'EXECUTION' does not exist.")
         if parts["verb"] is None:
             return ok(self._execution_document(started))
-        if self.state(started) is None:
+        found = self.state(started)
+        if found is None:
             started.cancelled = True
+        elif not found.active:
+            return error(400, f"Execution '{started.name}' is completed and cannot be cancelled.")
         else:
             threading.Thread(target=self.engine.jobs.cancel, args=[started.name], daemon=True).start()
         return self._operation_of(started)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from google.api_core.exceptions import NotFound
+from google.api_core.exceptions import BadRequest, NotFound
 from google.cloud import run_v2
 from google.cloud.run_v2.services.executions.transports import ExecutionsRestTransport
 from google.cloud.run_v2.services.jobs.transports import JobsRestTransport
@@ -141,7 +141,11 @@ class GoogleJobs:
         execution = self._read(name)
         if self._describe(execution).active:
             with self._access.errors(name):
-                self._executions.cancel_execution(name=execution.name, **self._again)
+                try:
+                    self._executions.cancel_execution(name=execution.name, **self._again)
+                except BadRequest:
+                    if self._describe(self._read(name)).active:  # else it has ended since it was read
+                        raise
 
     def _find_all(self, run_id: str | None, ended: Mapping[str, Execution]) -> list[Execution]:
         """ended: executions that are known, and will never change."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from google.api_core.exceptions import NotFound
+from google.api_core.exceptions import BadRequest, NotFound
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import aiplatform_v1
 from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceRestTransport
@@ -146,7 +146,14 @@ class VertexJobs:
         for job in self._read_all(name):
             if describe(job, ()).active:
                 with self._access.errors(name):
-                    self._client.cancel_custom_job(name=job.name, **self._again)
+                    self._cancel(job)
+
+    def _cancel(self, job: Any) -> None:
+        try:
+            self._client.cancel_custom_job(name=job.name, **self._again)
+        except BadRequest:
+            if describe(self._read(short_name(job)), ()).active:  # else it has ended since it was read
+                raise
 
     def jobs_of(self, name: str) -> dict[str, int]:
         """The numbers of an execution's jobs, and the task that each is. Raises ExecutionNotFoundError."""
