@@ -170,29 +170,6 @@ def test_waiting_for_machines_is_pending_and_can_be_cancelled(google: FakeGoogle
     assert (ended.state, ended.exit_code) == (ExecutionState.CANCELLED, None)
 
 
-def test_a_job_that_ends_before_the_cancel_arrives_has_ended(
-    cloud: VertexCloud, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started = cloud.jobs.run(dataclasses.replace(H100, args=("sleep:60",)))
-    read = cloud.jobs._read
-    as_it_was = [read(started.name)]
-    cloud.jobs.cancel(started.name)
-    ended = wait(cloud, started.name)
-    monkeypatch.setattr(cloud.jobs, "_read", lambda name: as_it_was.pop() if as_it_was else read(name))
-    cloud.jobs.cancel(started.name)
-    assert (cloud.jobs.get(started.name), as_it_was) == (ended, [])
-
-
-def test_a_cancel_that_is_refused_is_told(cloud: VertexCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = cloud.jobs.run(dataclasses.replace(H100, args=("sleep:60",)))
-    as_it_was = cloud.jobs._read(started.name)
-    cloud.jobs.cancel(started.name)
-    wait(cloud, started.name)
-    monkeypatch.setattr(cloud.jobs, "_read", lambda name: as_it_was)
-    with pytest.raises(UserError, match="cannot be cancelled"):
-        cloud.jobs.cancel(started.name)
-
-
 def test_lost_machines_are_another_attempt_of_the_same_job(google: FakeGoogleCloud, cloud: VertexCloud) -> None:
     request = dataclasses.replace(H100, args=("env:CLOUD_RUN_TASK_ATTEMPT", "exit-at:1=0", "sleep:60"), max_attempts=3)
     started = cloud.jobs.run(request)

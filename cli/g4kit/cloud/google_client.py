@@ -149,6 +149,19 @@ def google_errors(where: str, project: str) -> Iterator[None]:
         raise UnavailableError(f"{where}: cannot be reached ({error}); check the network and try again.") from error
 
 
+@contextlib.contextmanager
+def unless_ended(active: Callable[[], bool]) -> Iterator[None]:
+    """Around the cancelling of what was active when it was read: a refusal is no error where it has ended since.
+
+    active: reads it again.
+    """
+    try:
+        yield
+    except exceptions.BadRequest:
+        if active():
+            raise
+
+
 def explain(where: str, project: str, error: exceptions.GoogleAPICallError) -> UserError:
     """One failed call, as what the user can do about it."""
     said = _said(error)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from google.api_core.exceptions import BadRequest, NotFound
+from google.api_core.exceptions import NotFound
 from google.cloud import run_v2
 from google.cloud.run_v2.services.executions.transports import ExecutionsRestTransport
 from google.cloud.run_v2.services.jobs.transports import JobsRestTransport
@@ -25,7 +25,7 @@ from g4kit.cloud.base import (
     JobRequest,
     Tools,
 )
-from g4kit.cloud.google_client import Access
+from g4kit.cloud.google_client import Access, unless_ended
 from g4kit.cloud.google_executions import describe, environment, tasks_without_asking
 from g4kit.cloud.google_starting import Starter
 from g4kit.errors import UserError
@@ -140,12 +140,8 @@ class GoogleJobs:
     def cancel(self, name: str) -> None:
         execution = self._read(name)
         if self._describe(execution).active:
-            with self._access.errors(name):
-                try:
-                    self._executions.cancel_execution(name=execution.name, **self._again)
-                except BadRequest:
-                    if self._describe(self._read(name)).active:  # else it has ended since it was read
-                        raise
+            with self._access.errors(name), unless_ended(lambda: self._describe(self._read(name)).active):
+                self._executions.cancel_execution(name=execution.name, **self._again)
 
     def _find_all(self, run_id: str | None, ended: Mapping[str, Execution]) -> list[Execution]:
         """ended: executions that are known, and will never change."""

@@ -10,9 +10,10 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-from google.api_core.exceptions import BadRequest, NotFound
+from google.api_core.exceptions import NotFound
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import aiplatform_v1
 from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceRestTransport
@@ -26,7 +27,7 @@ from g4kit.cloud.base import (
     ObjectNotFoundError,
     Tools,
 )
-from g4kit.cloud.google_client import Access
+from g4kit.cloud.google_client import Access, unless_ended
 from g4kit.cloud.google_starting import Starter
 from g4kit.cloud.vertex_executions import (
     ARRAY,
@@ -145,15 +146,11 @@ class VertexJobs:
     def cancel(self, name: str) -> None:
         for job in self._read_all(name):
             if describe(job, ()).active:
-                with self._access.errors(name):
-                    self._cancel(job)
+                with self._access.errors(name), unless_ended(partial(self._goes_on, short_name(job))):
+                    self._client.cancel_custom_job(name=job.name, **self._again)
 
-    def _cancel(self, job: Any) -> None:
-        try:
-            self._client.cancel_custom_job(name=job.name, **self._again)
-        except BadRequest:
-            if describe(self._read(short_name(job)), ()).active:  # else it has ended since it was read
-                raise
+    def _goes_on(self, job: str) -> bool:
+        return describe(self._read(job), ()).active
 
     def jobs_of(self, name: str) -> dict[str, int]:
         """The numbers of an execution's jobs, and the task that each is. Raises ExecutionNotFoundError."""
