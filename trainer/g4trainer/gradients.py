@@ -39,7 +39,7 @@ class GradientMean:
         self._watching = False
         self._hooks: list[Any] = []
         self._free: list[torch.Tensor] = []
-        self._under_way: deque[_Bucket] = deque()
+        self._under_way: deque[_Sum] = deque()
 
     def __enter__(self) -> Self:
         self._free = self.new_buffers()
@@ -51,8 +51,6 @@ class GradientMean:
         for hook in self._hooks:
             hook.remove()
         self._watching = False
-        for bucket in self._under_way:  # of a pass that broke off
-            bucket.buffer = bucket.work = None
         self._under_way.clear()
         self._free.clear()
 
@@ -129,9 +127,7 @@ class GradientMean:
     def _send_next(self) -> None:
         if not self._free:
             self._receive()
-        bucket = self._buckets[self._next]
-        bucket.send(self._free.pop())
-        self._under_way.append(bucket)
+        self._under_way.append(_send(self._buckets[self._next].parameters, self._free.pop()))
         self._next += 1
 
     def _receive(self) -> None:
@@ -144,30 +140,33 @@ class _Bucket:
     parameters: list[torch.nn.Parameter]
     awaited: set[torch.nn.Parameter] = field(default_factory=set)
     """Whose gradients the pass has yet to make."""
-    work: Any = None
-    """The sum under way."""
-    buffer: torch.Tensor | None = None
-    """What that is made in; the bucket may be shorter."""
 
-    def send(self, buffer: torch.Tensor) -> None:
-        gradients = [parameter.grad.reshape(-1) for parameter in self.parameters]
-        flat = buffer[: sum(one.numel() for one in gradients)]
-        torch.cat(gradients, out=flat)
-        self.buffer, self.work = buffer, dist.all_reduce(flat, async_op=True)
+
+@dataclass
+class _Sum:
+    """Under way, of a bucket's gradients."""
+
+    parameters: Sequence[torch.nn.Parameter]
+    buffer: torch.Tensor
+    """What it is made in, from the beginning; they may not fill it."""
+    work: Any
 
     def receive(self, ranks: int) -> torch.Tensor:
-        """Gives every gradient the mean. Returns the buffer, for another bucket."""
-        buffer = self.buffer
-        if buffer is None:
-            raise ValueError("receive() of a bucket that was not sent")
+        """Gives every gradient the mean. Returns the buffer, for another sum."""
         self.work.wait()
         sizes = [parameter.numel() for parameter in self.parameters]
-        flat = buffer[: sum(sizes)].div_(ranks)
+        flat = self.buffer[: sum(sizes)].div_(ranks)
         gradients = [parameter.grad for parameter in self.parameters]
         parts = [part.view_as(own) for part, own in zip(flat.split(sizes), gradients, strict=True)]
         torch._foreach_copy_(gradients, parts)
-        self.work = self.buffer = None
-        return buffer
+        return self.buffer
+
+
+def _send(parameters: Sequence[torch.nn.Parameter], buffer: torch.Tensor) -> _Sum:
+    gradients = [parameter.grad.reshape(-1) for parameter in parameters]
+    flat = buffer[: sum(one.numel() for one in gradients)]
+    torch.cat(gradients, out=flat)
+    return _Sum(parameters, buffer, dist.all_reduce(flat, async_op=True))
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter], numbers: int) -> Iterator[_Bucket]:
